@@ -1,0 +1,53 @@
+"""From a feed's event log to a recommender that is live: the library.
+
+The folder is the registry: `recall/foo.py`, `rank/foo.py` and `datasets/foo.py` are found by their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import typing
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+
+def module(kind: str, name: str) -> ModuleType:
+    """The module `penstock.<kind>.<name>`, where kind is `recall`, `rank` or `datasets`.
+
+    Raises:
+        ValueError: there is none of that name; the message lists those there are.
+    """
+    package = importlib.import_module(f"{__name__}.{kind}")
+    names = sorted(found.name for found in pkgutil.iter_modules(package.__path__))
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}: there are {', '.join(names)}")
+    return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def config(of: ModuleType, overrides: Mapping[str, Any]) -> Any:
+    """The `Config` of a model or data set with some fields overridden, as they come from JSON (lists become tuples).
+
+    Raises:
+        ValueError: an unknown field, or a value of another type than the field's.
+    """
+    cls = of.Config
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(overrides) - set(fields))
+    if unknown:
+        raise ValueError(f"unknown parameter {', '.join(unknown)} of {of.__name__}: there are {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in overrides.items():
+        value = tuple(value) if isinstance(value, list) else value
+        expected = typing.get_origin(hints[name]) or hints[name]
+        if expected is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(expected, type) and (
+            not isinstance(value, expected) or isinstance(value, bool) is not (expected is bool)
+        ):
+            raise ValueError(f"parameter {name} of {of.__name__} is a {expected.__name__}, not {value!r}")
+        values[name] = value
+    return cls(**values)

@@ -85,7 +85,9 @@ EVENTS = Table(
         _label("like", "liked"),
         _label("profile_enter", "went to the author's page"),
         Column("watch_time_ms", pl.Int64(), "label", "time watched, in ms", minimum=0, maximum=DAY_MS),
-        Column("release", pl.Int64(), "provenance", "release that answered; null = not Penstock", nullable=True, minimum=1),
+        Column(
+            "release", pl.Int64(), "provenance", "release that answered; null = not Penstock", nullable=True, minimum=1
+        ),
         Column("variant", pl.String(), "provenance", "champion or challenger; null = not Penstock", nullable=True),
     ),
 )
@@ -156,7 +158,9 @@ def conform(frame: pl.DataFrame, table: Table, source: str) -> pl.DataFrame:
         )
     unknown = [name for name in frame.columns if name not in table.schema]
     if unknown:
-        raise LogError(f"{source}: column {', '.join(unknown)} is not in the {table.name} table; see penstock/events.py")
+        raise LogError(
+            f"{source}: column {', '.join(unknown)} is not in the {table.name} table; see penstock/events.py"
+        )
     columns = []
     for name, dtype in table.schema.items():
         try:
