@@ -1,0 +1,227 @@
+"""Runs a stage: one switch between a subprocess here, a container, and a cluster.
+
+A *stage* is a KFP pipeline of `components.stages`. Its results lie in one directory, keyed by DAG run and stage:
+
+    OUT/<artifact>        each output artifact
+    OUT/_SUCCESS.json     {"key": hash of the stage's spec and arguments, "outputs": {"parameters", "artifacts"}}
+
+They are written under a temporary name and renamed at the end, so OUT is whole or absent, and a retry with the same
+spec and arguments takes what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+SUCCESS = "_SUCCESS.json"
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "PYTHONUNBUFFERED": "1"}
+
+
+class StageError(RuntimeError):
+    """A stage that cannot run or that failed; the message is the failing component's own."""
+
+
+def run_stage(stage: str, arguments: dict[str, Any], out: Path, runner: str | None = None) -> dict[str, Any]:
+    """Runs `stage` with `arguments` into `out` and returns its outputs.
+
+    Args:
+        stage: a pipeline of `components.stages`, or "module:pipeline" for one that lives elsewhere.
+        arguments: the pipeline's parameters; input artifacts are given by URI (a local path).
+        out: an absolute directory of this stage's own.
+        runner: "subprocess" (default), "docker" or "kubeflow".
+
+    Returns:
+        {"parameters": {name: value}, "artifacts": {name: {"uri", "metadata"}}}.
+
+    Raises:
+        StageError: unknown runner or stage, or a component failed.
+    """
+    name = runner or "subprocess"
+    if name not in RUNNERS:
+        raise StageError(f"PENSTOCK_RUNNER={name} is not known; choose one of {', '.join(sorted(RUNNERS))}")
+    return RUNNERS[name](stage, arguments, out)
+
+
+def _needs_set_up(name: str, what: str) -> Callable[[str, dict[str, Any], Path], dict[str, Any]]:
+    def refuse(stage: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
+        raise StageError(
+            f"stage {stage}: PENSTOCK_RUNNER={name} needs {what}, which is not set up; use PENSTOCK_RUNNER=subprocess"
+        )
+
+    return refuse
+
+
+def _run_subprocess(stage: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
+    # kfp.local patches print and the root log handlers of its process, so it gets one of its own
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    log = _Log()
+    with subprocess.Popen(
+        [sys.executable, "-m", "components.runner", stage, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        bufsize=1,
+        env={**os.environ, **QUIET, "PYTHONPATH": path},
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(json.dumps(arguments))
+                child.stdin.close()
+            for line in child.stdout:
+                log.add(line.rstrip("\n"))
+            code = child.wait()
+        except BaseException:
+            # a time-out or a stop leaves no component working behind it
+            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            raise
+    if code != 0:
+        raise StageError(f"stage {stage}: {log.error()}")
+    return json.loads((out / SUCCESS).read_text())["outputs"]
+
+
+RUNNERS: dict[str, Callable[[str, dict[str, Any], Path], dict[str, Any]]] = {
+    "subprocess": _run_subprocess,
+    "docker": _needs_set_up("docker", "the container image"),
+    "kubeflow": _needs_set_up("kubeflow", "a cluster with Kubeflow Pipelines"),
+}
+
+
+class _Log:
+    """Passes on what the components say, without kfp's framing, and knows what went wrong.
+
+    kfp indents a component's lines by four and puts them between "Streamed logs:" and "finished with status".
+    """
+
+    _COLOUR = re.compile(r"\x1b\[\d+m")
+    _STARTED = re.compile(r" - INFO - Executing task '([\w-]+)'$")
+
+    def __init__(self) -> None:
+        self._component = ""
+        self._inside = False
+        self._skipping = False
+        self._frames = False
+        self._failure: list[str] = []
+        self._last = ""
+
+    def add(self, line: str) -> None:
+        line = self._COLOUR.sub("", line)
+        if started := self._STARTED.search(line):
+            self._component, self._last = started.group(1), ""
+        elif line.endswith(" - INFO - Streamed logs:"):
+            self._inside = True
+        elif " finished with status " in line and not line.startswith("    "):
+            self._inside = False
+        elif self._inside:
+            self._said(line.removeprefix("    "))
+        else:
+            self._watch(line)
+
+    def _said(self, text: str) -> None:
+        if text.startswith("[KFP Executor "):
+            self._skipping = "Got executor_input" in text
+        elif self._skipping:
+            self._skipping = text != "}"
+        elif text.strip():
+            print(text, flush=True)
+            self._last = text.strip()
+            self._watch(text)
+
+    def _watch(self, text: str) -> None:
+        if text.startswith("Traceback (most recent call last)"):
+            self._frames = True
+        elif self._frames and text and not text.startswith(" "):
+            # the first line that is not a frame is the error; a longer message runs on
+            self._failure, self._frames = [text], False
+        elif self._failure and self._inside:
+            self._failure.append(text)
+
+    def error(self) -> str:
+        place = f"{self._component}: " if self._component else ""
+        if self._failure:
+            return place + "\n".join(self._failure)
+        said = f"; its last line was: {self._last}" if self._last else ""
+        return f"{place}ended without saying why (killed, or out of memory?){said}"
+
+
+def _pipeline(stage: str) -> Any:
+    module, _, name = stage.rpartition(":")
+    stages = importlib.import_module(module or "components.stages")
+    pipeline = getattr(stages, name, None)
+    if not hasattr(pipeline, "pipeline_func"):
+        known = sorted(key for key, value in vars(stages).items() if hasattr(value, "pipeline_func"))
+        raise StageError(f"no stage {name!r} in {stages.__name__}; there are {', '.join(known)}")
+    return pipeline
+
+
+def _execute(stage: str, arguments: dict[str, Any], out: Path) -> None:
+    """The child's work: the stage under kfp.local, its artifacts gathered in `out`."""
+    from google.protobuf import json_format
+    from kfp import dsl, local
+
+    pipeline = _pipeline(stage)
+    unknown = sorted(arguments.keys() - pipeline.component_spec.inputs.keys())
+    if unknown:
+        raise StageError(f"no parameter {', '.join(unknown)}; it takes {', '.join(pipeline.component_spec.inputs)}")
+    spec = json_format.MessageToDict(pipeline.pipeline_spec)
+    key = hashlib.sha256(json.dumps([spec, arguments], sort_keys=True).encode()).hexdigest()
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        done = json.loads((out / SUCCESS).read_text())
+        if done["key"] == key:
+            print(f"{out}: finished before, taken as it is")
+            return
+
+    work = out.with_name(f".{out.name}.part")
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "outputs").mkdir(parents=True)
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(work / "kfp"), workspace_root=str(work / "ws"))
+    results = pipeline(**arguments).outputs
+    outputs: dict[str, dict[str, Any]] = {"parameters": {}, "artifacts": {}}
+    for name, value in results.items():
+        if not isinstance(value, dsl.Artifact):
+            outputs["parameters"][name] = value
+            continue
+        if not Path(value.path).exists():
+            raise StageError(f"the component declared {name} but wrote nothing to it")
+        Path(value.path).rename(work / "outputs" / name)
+        outputs["artifacts"][name] = {"uri": str(out / name), "metadata": dict(value.metadata)}
+    (work / "outputs" / SUCCESS).write_text(json.dumps({"key": key, "outputs": outputs}, indent=1))
+    # the code or the arguments changed since: the former result gives way to the new one
+    shutil.rmtree(out, ignore_errors=True)
+    (work / "outputs").rename(out)
+    shutil.rmtree(work)
+
+
+def main() -> int:
+    stage, out = sys.argv[1:]
+    try:
+        _execute(stage, json.load(sys.stdin), Path(out))
+    except RuntimeError as error:
+        if isinstance(error, StageError):
+            print(f"Traceback (most recent call last):\n{error}", flush=True)  # the form `_Log` looks for
+        # otherwise the component has already printed its own error; kfp adds only that it failed
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
