@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +44,8 @@ def config(of: ModuleType, overrides: Mapping[str, Any]) -> Any:
     for name, value in overrides.items():
         value = tuple(value) if isinstance(value, list) else value
         expected = typing.get_origin(hints[name]) or hints[name]
+        if expected is Path and isinstance(value, str):
+            value = Path(value)
         if expected is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if isinstance(expected, type) and (

@@ -1,0 +1,20 @@
+"""Trains one recall model."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="penstock/python-step:latest", install_kfp_package=False)
+def train_recall(
+    examples: dsl.Input[dsl.Dataset],
+    model: str,
+    config: str,
+    seed: int,
+    recall_weights: dsl.Output[dsl.Model],
+):
+    """Weights, config and history of `penstock/recall/<model>.py` trained on the examples."""
+    import json
+    from pathlib import Path
+
+    from penstock import training
+
+    training.train_recall(Path(examples.path), model, json.loads(config), seed, Path(recall_weights.path))

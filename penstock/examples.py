@@ -1,0 +1,254 @@
+"""Examples: rows of the log with their features, split by time, and encoded as models read them.
+
+A categorical id becomes an index: 0 is padding or missing, 1 is unknown (unseen in the training slice), known ids
+follow from 2 in the order of the sorted vocabulary. `Schema.encode` is that rule in NumPy; `penstock.export` repeats it
+in the served graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from penstock.events import LABELS
+
+PADDING, UNKNOWN, FIRST = 0, 1, 2
+MISSING = -1
+"""The raw id that stands for no value: lists are padded with it."""
+
+Side = Literal["user", "item", "context"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One input of a model, by the name of its column.
+
+    Attributes:
+        kind: `id`, one categorical id; `ids`, a list of them; `count`, a number ≥ 0 with a long tail, taken as
+            log(1 + x); `number`, any other number. Numbers are standardised by the training slice.
+        vocabulary: the name of the id space, so that features can share embeddings.
+        length: how many of the last ids of a list are kept.
+        minimum: how often an id must occur in the training slice to be known.
+    """
+
+    name: str
+    side: Side
+    kind: Literal["id", "ids", "count", "number"]
+    vocabulary: str = ""
+    length: int = 0
+    minimum: int = 1
+
+
+def _id(name: str, side: Side, minimum: int = 1) -> Feature:
+    return Feature(name, side, "id", vocabulary=name, minimum=minimum)
+
+
+def _ids(name: str, side: Side, vocabulary: str, length: int) -> Feature:
+    return Feature(name, side, "ids", vocabulary=vocabulary, length=length)
+
+
+FEATURES = (
+    _id("user_id", "user", minimum=3),
+    _id("activity_level", "user"),
+    _id("is_creator", "user"),
+    _ids("traits", "user", "traits", 32),
+    _ids("history_items", "user", "item_id", 50),
+    Feature("register_days", "user", "count"),
+    Feature("follow_count", "user", "count"),
+    Feature("fans_count", "user", "count"),
+    Feature("friend_count", "user", "count"),
+    Feature("user_impressions", "user", "count"),
+    Feature("user_clicks", "user", "count"),
+    Feature("user_long_views", "user", "count"),
+    Feature("user_likes", "user", "count"),
+    Feature("user_click_rate", "user", "number"),
+    Feature("user_long_view_rate", "user", "number"),
+    Feature("user_like_rate", "user", "number"),
+    _id("item_id", "item"),
+    _id("author_id", "item", minimum=3),
+    _id("category", "item"),
+    _ids("tags", "item", "tags", 4),
+    _id("music_id", "item", minimum=3),
+    _id("item_type", "item"),
+    Feature("duration_ms", "item", "count"),
+    Feature("item_impressions", "item", "count"),
+    Feature("item_clicks", "item", "count"),
+    Feature("item_long_views", "item", "count"),
+    Feature("item_likes", "item", "count"),
+    Feature("item_click_rate", "item", "number"),
+    Feature("item_long_view_rate", "item", "number"),
+    Feature("item_like_rate", "item", "number"),
+    Feature("item_age_hours", "item", "count"),
+    _id("scenario", "context"),
+    _id("device", "context"),
+    _id("hour", "context"),
+    _id("weekday", "context"),
+)
+"""What the models may read. Position is not among them: it is not known when serving."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What models are built for: the features, the known ids, and the scale of the numbers.
+
+    Attributes:
+        vocabularies: the sorted known ids `[size]` of each id space, int64.
+        scales: mean and standard deviation of each number in the training slice, after log(1 + x) for counts.
+    """
+
+    features: tuple[Feature, ...]
+    vocabularies: Mapping[str, np.ndarray]
+    scales: Mapping[str, tuple[float, float]]
+
+    def of(self, *sides: Side) -> tuple[Feature, ...]:
+        """The features of some sides, in order."""
+        return tuple(feature for feature in self.features if feature.side in sides)
+
+    def size(self, vocabulary: str) -> int:
+        """Number of indices of an id space, padding and unknown included."""
+        return len(self.vocabularies[vocabulary]) + FIRST
+
+    def encode(self, feature: Feature, column: pl.Series) -> np.ndarray:
+        """A raw column as a model reads it: int32 `[rows]` or `[rows, length]`, float32 `[rows]`."""
+        if feature.kind in ("count", "number"):
+            values = column.cast(pl.Float64).fill_null(0.0).fill_nan(0.0).to_numpy()
+            mean, deviation = self.scales[feature.name]
+            values = np.log1p(np.maximum(values, 0.0)) if feature.kind == "count" else values
+            return ((values - mean) / deviation).astype(np.float32)
+        raw = pad(column, feature.length) if feature.kind == "ids" else column.fill_null(MISSING).to_numpy()
+        return encode_ids(raw, self.vocabularies[feature.vocabulary])
+
+    def encode_rows(self, rows: pl.DataFrame, *sides: Side) -> dict[str, np.ndarray]:
+        """All features of some sides (default: all), by name."""
+        features = self.of(*sides) if sides else self.features
+        return {feature.name: self.encode(feature, rows[feature.name]) for feature in features}
+
+    def save(self, path: Path) -> None:
+        """Writes the schema to a directory."""
+        path.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path / "vocabularies.npz", allow_pickle=False, **dict(self.vocabularies))
+        described = {"features": [dataclasses.asdict(feature) for feature in self.features], "scales": self.scales}
+        (path / "schema.json").write_text(json.dumps(described, indent=1))
+
+    @staticmethod
+    def load(path: Path) -> Schema:
+        """Reads a schema from its directory."""
+        described = json.loads((path / "schema.json").read_text())
+        with np.load(path / "vocabularies.npz") as stored:
+            vocabularies = {name: stored[name] for name in stored.files}
+        scales = {name: (mean, deviation) for name, (mean, deviation) in described["scales"].items()}
+        return Schema(tuple(Feature(**feature) for feature in described["features"]), vocabularies, scales)
+
+
+def encode_ids(raw: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
+    """Raw ids of any shape as indices of the same shape, int32; negative ids are padding."""
+    unknown = np.where(raw < 0, PADDING, UNKNOWN)
+    if not len(vocabulary):
+        return unknown.astype(np.int32)
+    place = np.minimum(np.searchsorted(vocabulary, raw), len(vocabulary) - 1)
+    return np.where(vocabulary[place] == raw, place + FIRST, unknown).astype(np.int32)
+
+
+def pad(lists: pl.Series, length: int) -> np.ndarray:
+    """The last `length` ids of each list as int64 `[rows, length]`, the rest filled with `MISSING` behind."""
+    tails = lists.fill_null([]).list.tail(length)
+    counts = tails.list.len().to_numpy()
+    padded = np.full((len(lists), length), MISSING, np.int64)
+    padded[np.arange(length) < counts[:, None]] = tails.explode(empty_as_null=False).to_numpy()
+    return padded
+
+
+@dataclass(frozen=True)
+class Window:
+    """The time split: training ends where validation begins, and that where test begins; all times UTC."""
+
+    train_start: str
+    train_end: str
+    validation_end: str
+    test_end: str
+
+
+def fit_schema(train: pl.DataFrame, features: tuple[Feature, ...] = FEATURES) -> Schema:
+    """Vocabularies and scales of the training slice, and of nothing later."""
+    vocabularies: dict[str, np.ndarray] = {}
+    scales: dict[str, tuple[float, float]] = {}
+    for feature in features:
+        column = train[feature.name]
+        if feature.kind in ("count", "number"):
+            values = column.cast(pl.Float64).fill_null(0.0).fill_nan(0.0).to_numpy()
+            values = np.log1p(np.maximum(values, 0.0)) if feature.kind == "count" else values
+            deviation = float(values.std())
+            scales[feature.name] = (float(values.mean()), deviation if deviation > 1e-6 else 1.0)
+            continue
+        if feature.kind == "ids":
+            column = column.explode(empty_as_null=False)
+        counts = column.drop_nulls().value_counts(name="count").filter(pl.col("count") >= feature.minimum)
+        known = np.sort(counts[feature.name].to_numpy()).astype(np.int64)
+        earlier = vocabularies.get(feature.vocabulary, np.empty(0, np.int64))
+        vocabularies[feature.vocabulary] = np.union1d(earlier, known[known >= 0])
+    return Schema(features, vocabularies, scales)
+
+
+def write_examples(
+    joined: pl.DataFrame, items: pl.DataFrame, out: Path, *, validation_days: int = 2, test_days: int = 2
+) -> None:
+    """Splits rows by time and writes `{train,validation,test,items}.parquet`, `schema/` and `window.json`.
+
+    The log's end is its last event rounded up to the hour; the test slice is the last `test_days` before it,
+    validation the `validation_days` before that, training everything earlier.
+
+    Args:
+        joined: one row an event: the columns of EVENTS and every feature, as known at the event's time.
+        items: the catalogue (ITEMS).
+
+    Raises:
+        ValueError: a feature column is missing, or a slice comes out empty.
+    """
+    missing = [feature.name for feature in FEATURES if feature.name not in joined.columns]
+    if missing:
+        raise ValueError(f"examples lack the feature columns {', '.join(missing)}")
+    if joined.is_empty():
+        raise ValueError("there are no events to make examples of")
+    rows = joined.sort("event_time", "event_id")
+    last: datetime = rows["event_time"][-1]
+    end = (last + timedelta(hours=1, microseconds=-1)).replace(minute=0, second=0, microsecond=0)
+    test_start = end - timedelta(days=test_days)
+    validation_start = test_start - timedelta(days=validation_days)
+    slices = {
+        "train": rows.filter(pl.col("event_time") < validation_start),
+        "validation": rows.filter((pl.col("event_time") >= validation_start) & (pl.col("event_time") < test_start)),
+        "test": rows.filter(pl.col("event_time") >= test_start),
+    }
+    empty = [name for name, part in slices.items() if part.is_empty()]
+    if empty:
+        raise ValueError(
+            f"the {', '.join(empty)} slice is empty: the log spans {rows['event_time'][0]} to {end}; it must be "
+            f"longer than validation_days + test_days = {validation_days + test_days} days"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in slices.items():
+        part.write_parquet(out / f"{name}.parquet")
+    items.filter(pl.col("event_time") < end).write_parquet(out / "items.parquet")
+    fit_schema(slices["train"]).save(out / "schema")
+    start: datetime = rows["event_time"][0]
+    window = Window(start.isoformat(), validation_start.isoformat(), test_start.isoformat(), end.isoformat())
+    counts = {name: part.height for name, part in slices.items()}
+    (out / "window.json").write_text(json.dumps(dataclasses.asdict(window) | {"rows": counts}, indent=1))
+
+
+def read_slice(examples: Path, name: str) -> pl.DataFrame:
+    """The rows of `train`, `validation` or `test` in order of time."""
+    return pl.read_parquet(examples / f"{name}.parquet")
+
+
+def labels_of(rows: pl.DataFrame) -> dict[str, np.ndarray]:
+    """The ranked labels by name, float32 `[rows]`."""
+    return {label: rows[label].cast(pl.Float32).to_numpy() for label in LABELS}

@@ -1,0 +1,135 @@
+"""Trained models as SavedModels that take raw features: the encoding, the model and the search in one graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import polars as pl
+import tensorflow as tf
+
+from penstock.examples import FIRST, PADDING, UNKNOWN, Feature, Schema
+from penstock.index import top_k
+from penstock.retrieval import Retrieval
+
+
+class _Encoder(tf.Module):
+    """`Schema.encode` as a graph."""
+
+    def __init__(self, features: tuple[Feature, ...], schema: Schema) -> None:
+        super().__init__()
+        self.features = features
+        self._scales = schema.scales
+        self._vocabularies = {
+            name: tf.Variable(schema.vocabularies[name], trainable=False)
+            for name in {feature.vocabulary for feature in features if feature.vocabulary}
+        }
+
+    def specs(self) -> dict[str, tf.TensorSpec]:
+        """The raw inputs: int64 `[batch]` or `[batch, any length]`, float32 `[batch]`."""
+        return {
+            feature.name: tf.TensorSpec(
+                [None, None] if feature.kind == "ids" else [None],
+                tf.float32 if feature.kind in ("count", "number") else tf.int64,
+                feature.name,
+            )
+            for feature in self.features
+        }
+
+    def __call__(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {feature.name: self._encode(feature, raw[feature.name]) for feature in self.features}
+
+    def _encode(self, feature: Feature, raw: tf.Tensor) -> tf.Tensor:
+        if feature.kind in ("count", "number"):
+            mean, deviation = self._scales[feature.name]
+            raw = tf.math.log1p(tf.maximum(raw, 0.0)) if feature.kind == "count" else raw
+            value = (raw - mean) / deviation
+            return tf.where(tf.math.is_finite(value), value, 0.0)
+        if feature.kind == "ids":
+            raw = _tail(raw, feature.length)
+        vocabulary = self._vocabularies[feature.vocabulary]
+        unknown = tf.where(raw < 0, PADDING, UNKNOWN)
+        if vocabulary.shape[0] == 0:
+            return unknown
+        flat = tf.searchsorted(vocabulary, tf.reshape(raw, [-1]))
+        place = tf.reshape(tf.minimum(flat, vocabulary.shape[0] - 1), tf.shape(raw))
+        return tf.where(tf.equal(tf.gather(vocabulary, place), raw), place + FIRST, unknown)
+
+
+def _tail(raw: tf.Tensor, length: int) -> tf.Tensor:
+    """The last `length` ids that are not padding, `[batch, length]`, padding behind."""
+    counts = tf.reduce_sum(tf.cast(raw >= 0, tf.int32), axis=1, keepdims=True)
+    width = tf.shape(raw)[1]
+    place = tf.maximum(counts - length, 0) + tf.range(length)[None, :]
+    taken = tf.gather(raw, tf.minimum(place, tf.maximum(width - 1, 0)), batch_dims=1)
+    return tf.where(place < counts, taken, tf.constant(-1, tf.int64))
+
+
+class _Recall(tf.Module):
+    def __init__(self, tower: keras.Model, encoder: _Encoder, ids: np.ndarray, vectors: np.ndarray) -> None:
+        super().__init__()
+        self._tower = tower
+        self._encoder = encoder
+        self._ids = tf.Variable(ids, trainable=False)
+        self._vectors = tf.Variable(vectors, trainable=False)
+        specs = encoder.specs() | {
+            "k": tf.TensorSpec([], tf.int32, "k"),
+            "exclude": tf.TensorSpec([None, None], tf.int64, "exclude"),
+        }
+        self.recommend = tf.function(self._recommend, input_signature=[specs])
+
+    def _recommend(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        queries = self._tower(self._encoder(raw), training=False)
+        ids, scores = top_k(queries, self._vectors, self._ids, raw["k"], raw["exclude"])
+        return {"ids": ids, "scores": scores}
+
+
+class _Rank(tf.Module):
+    def __init__(self, model: keras.Model, encoder: _Encoder) -> None:
+        super().__init__()
+        self._model = model
+        self._encoder = encoder
+        self.predict = tf.function(self._predict, input_signature=[encoder.specs()])
+
+    def _predict(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return dict(self._model(self._encoder(raw), training=False))
+
+
+def _save(module: tf.Module, name: str, path: Path) -> None:
+    signature = getattr(module, name)
+    tf.saved_model.save(module, str(path), signatures={"serving_default": signature, name: signature})
+
+
+def item_vectors(model: Retrieval, schema: Schema) -> np.ndarray:
+    """The vectors of the known items, float32 `[items, dim]`, in the order of the vocabulary."""
+    indices = np.arange(FIRST, schema.size("item_id"), dtype=np.int32)
+    parts = [np.asarray(model.item_tower(part)) for part in np.array_split(indices, max(len(indices) // 65536, 1))]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def export_recall(model: Retrieval, schema: Schema, out: Path) -> None:
+    """Writes `saved_model/` with the signature `recommend`, and `items.parquet` with the ids and vectors.
+
+    Raises:
+        ValueError: a vector is not finite.
+    """
+    vectors = item_vectors(model, schema)
+    if not np.isfinite(vectors).all():
+        raise ValueError("item vectors are not finite")
+    ids = schema.vocabularies["item_id"]
+    names = {tensor.name for tensor in model.query_tower.inputs}
+    encoder = _Encoder(tuple(feature for feature in schema.features if feature.name in names), schema)
+    module = _Recall(model.query_tower, encoder, ids, vectors)
+    _save(module, "recommend", out / "saved_model")
+    pl.DataFrame({"item_id": ids, "vector": vectors}, schema_overrides={"vector": pl.List(pl.Float32)}).write_parquet(
+        out / "items.parquet"
+    )
+
+
+def export_rank(model: keras.Model, schema: Schema, out: Path) -> None:
+    """Writes `saved_model/` with the signature `predict`."""
+    names = {tensor.name for tensor in model.inputs}
+    encoder = _Encoder(tuple(feature for feature in schema.features if feature.name in names), schema)
+    module = _Rank(model, encoder)
+    _save(module, "predict", out / "saved_model")
