@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from penstock.events import EVENTS
+from penstock.feedback import FeedbackError, FeedbackLog, new_request_id, read_feedback
+
+NOON_MS = 1_650_000_000_000
+SLATE: dict[str, Any] = {"time_ms": NOON_MS, "scenario": 1, "device": 2, "release": 3, "variant": "champion"}
+
+
+def outcome(item_id: int, **values: int) -> dict[str, int]:
+    return {"item_id": item_id, **values}
+
+
+def test_every_impression_is_a_row_and_outcomes_are_merged(tmp_path: Path) -> None:
+    with FeedbackLog(tmp_path) as log:
+        log.impressions(2**52, 7, [30, 10, 20], **SLATE)
+        log.impressions(2**52 + 1, 8, [10], **SLATE | {"variant": "challenger"})
+        log.outcomes(2**52, [outcome(10, click=1, watch_time_ms=500), outcome(20, like=1)])
+        log.outcomes(2**52, [outcome(10, click=0, long_view=1, watch_time_ms=400)])
+        log.outcomes(2**52, [outcome(99, click=1)])
+        log.outcomes(2**52 + 9, [outcome(10, click=1)])
+    rows = read_feedback(tmp_path)
+    assert rows.schema == pl.Schema(EVENTS.schema)
+    assert rows.select("user_id", "item_id", "position", "click", "long_view", "like", "watch_time_ms").rows() == [
+        (7, 30, 0, 0, 0, 0, 0),
+        (7, 10, 1, 1, 1, 0, 500),
+        (7, 20, 2, 0, 0, 1, 0),
+        (8, 10, 0, 0, 0, 0, 0),
+    ]
+    assert rows["event_id"].is_unique().all()
+    assert rows["event_id"].min() > 2**58  # type: ignore[operator]
+    assert set(rows["event_time"]) == {datetime.fromtimestamp(NOON_MS / 1000, UTC)}
+    assert rows["release"].to_list() == [3] * 4
+    assert rows["variant"].to_list() == ["champion"] * 3 + ["challenger"]
+
+
+def test_a_row_arrives_with_its_last_feedback(tmp_path: Path) -> None:
+    (tmp_path / "2022-04-15.jsonl").write_text(
+        '{"kind":"impressions","arrived_ms":1000,"request_id":5,"user_id":1,"time_ms":600,"scenario":0,"device":0,'
+        '"release":1,"variant":"champion","items":[1,2]}\n'
+        '{"kind":"outcomes","arrived_ms":3000,"request_id":5,"events":[{"item_id":2,"click":1}]}\n'
+        '{"kind":"outcomes","arrived_ms":2000,"request_id":5,"events":[{"item_id":2,"click":1}]}\n'
+    )
+    rows = read_feedback(tmp_path)
+    assert rows["event_time"].dt.epoch("ms").to_list() == [600, 600]
+    assert rows["created_time"].dt.epoch("ms").to_list() == [600, 2600]
+
+
+def test_without_a_time_it_is_now(tmp_path: Path) -> None:
+    before = datetime.now(UTC)
+    with FeedbackLog(tmp_path) as log:
+        log.impressions(new_request_id(), 7, [1], **SLATE | {"time_ms": None})
+    row = read_feedback(tmp_path).row(0, named=True)
+    assert 0 <= (row["event_time"] - before).total_seconds() + 0.001 < 60
+    assert row["created_time"] == row["event_time"]
+
+
+def test_nothing_shown_is_an_empty_log(tmp_path: Path) -> None:
+    with FeedbackLog(tmp_path) as log:
+        log.impressions(1, 7, [], **SLATE)
+    assert read_feedback(tmp_path).schema == pl.Schema(EVENTS.schema)
+    assert read_feedback(tmp_path).height == 0
+    assert read_feedback(tmp_path / "absent").height == 0
+
+
+def test_a_torn_last_line_is_no_record_and_the_next_writer_clears_it(tmp_path: Path) -> None:
+    with FeedbackLog(tmp_path) as log:
+        log.impressions(1, 7, [1], **SLATE)
+    (path,) = tmp_path.glob("*.jsonl")
+    whole = path.read_bytes()
+    for cut in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole + whole[:cut])
+        assert read_feedback(tmp_path).height == 1
+    with FeedbackLog(tmp_path) as log:
+        log.impressions(2, 7, [1], **SLATE)
+    assert read_feedback(tmp_path)["request_id"].to_list() == [1, 2]
+    path.write_bytes(whole[: len(whole) // 2])
+    with FeedbackLog(tmp_path) as log:
+        log.impressions(3, 7, [1], **SLATE)
+    assert read_feedback(tmp_path)["request_id"].to_list() == [3]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "2022-04-15.jsonl").write_text('{"kind": "impress\n{"kind": "outcomes"}\n')
+    with pytest.raises(FeedbackError, match=r"2022-04-15\.jsonl, line 1: not a feedback record"):
+        read_feedback(tmp_path)
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with FeedbackLog(tmp_path), pytest.raises(FeedbackError, match="another gateway"):
+        FeedbackLog(tmp_path)
+    FeedbackLog(tmp_path).close()
+
+
+def test_request_ids_survive_javascript() -> None:
+    ids = {new_request_id() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(2**52 <= number < 2**53 and int(float(number)) == number for number in ids)
