@@ -30,6 +30,11 @@ class Retrieval(keras.Model):
         self._sampler = sampler
         self._sample = sample
 
+    def build(self, input_shape: Any = None) -> None:
+        """Makes the item tower's weights; the query tower has its own already."""
+        self.item_tower(ops.zeros((1,), "int32"))
+        self.built = True
+
     def call(self, inputs: dict[str, Any]) -> Any:
         return self.query_tower(inputs)
 

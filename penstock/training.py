@@ -79,7 +79,9 @@ class _Progress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         left = (time.monotonic() - self._started) / (epoch + 1) * (self._epochs - epoch - 1)
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in (logs or {}).items())
+        figures = "  ".join(
+            f"{name} {value:.4f}" for name, value in (logs or {}).items() if name in ("loss", "val_loss")
+        )
         print(f"epoch {epoch + 1}/{self._epochs}  {figures}  {left:.0f} s left at most", flush=True)
 
 
@@ -97,6 +99,7 @@ def fit(
         validation_data=validation,
         epochs=settings.epochs,
         callbacks=[stop, keras.callbacks.TerminateOnNaN(), _Progress(settings.epochs)],
+        shuffle=False,  # the batches are shuffled already
         verbose=0,
     )
     rows = [
@@ -154,9 +157,7 @@ def train_rank(examples: Path, name: str, overrides: Mapping[str, Any], seed: in
         encoded = schema.encode_rows(rows)
         sets[part] = ({name: encoded[name] for name in names}, labels_of(rows))
     check(*sets["train"])
-    model.compile(
-        Adam(config.settings.learning_rate), loss=dict.fromkeys(sets["train"][1], "binary_crossentropy")
-    )
+    model.compile(Adam(config.settings.learning_rate), loss=dict.fromkeys(sets["train"][1], "binary_crossentropy"))
     size = config.settings.batch_size
     train = batches(*sets["train"], size, shuffle_seed=seed)
     history = fit(model, train, batches(*sets["validation"], size), config.settings)
@@ -176,7 +177,7 @@ def load_recall(examples: Path, trained: Path) -> tuple[Any, Schema]:
     schema = Schema.load(examples / "schema")
     config = penstock.config(penstock.module("recall", about["model"]), about["config"])
     model = build_recall(about["model"], config, schema, examples, about["seed"])
-    model.item_tower(np.zeros(1, np.int32))
+    model.build()
     model.load_weights(trained / "model.weights.h5")
     return model, schema
 

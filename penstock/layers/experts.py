@@ -18,10 +18,12 @@ class ExpertMixture(keras.layers.Layer):
     def __init__(self, experts: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.experts = experts
-        self.gate = keras.layers.Dense(experts, "softmax", use_bias=False)
+        self.gate = keras.layers.Dense(experts, use_bias=False)
 
     def call(self, inputs: Any, outputs: Any) -> Any:
-        return ops.einsum("be,bed->bd", self.gate(inputs), outputs)
+        logits = self.gate(inputs)
+        gates = ops.exp(logits - ops.logsumexp(logits, axis=-1, keepdims=True))
+        return ops.einsum("be,bed->bd", gates, outputs)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "experts": self.experts}

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import tensorflow as tf
+
+from penstock import export, index, training
+from penstock.evaluation import retrieve
+from penstock.examples import FEATURES, Schema, read_slice
+from penstock.scoring import feed, score_rows
+
+
+@pytest.fixture(scope="module")
+def recall(examples, tmp_path_factory):
+    out = tmp_path_factory.mktemp("recall")
+    training.train_recall(examples, "youtube_dnn", {"epochs": 1, "sample": 32}, 7, out / "trained")
+    model, schema = training.load_recall(examples, out / "trained")
+    export.export_recall(model, schema, out)
+    return model, schema, out
+
+
+@pytest.fixture(scope="module")
+def rank(examples, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rank")
+    training.train_rank(examples, "mmoe", {"epochs": 1}, 7, out / "trained")
+    model, schema = training.load_rank(examples, out / "trained")
+    export.export_rank(model, schema, out)
+    return model, schema, out
+
+
+def _raw(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows with what serving meets: ids never seen, lists longer than the model reads, nothing at all."""
+    return rows.head(40).with_columns(
+        item_id=pl.when(pl.int_range(pl.len()) % 5 == 0).then(123_456_789).otherwise("item_id"),
+        history_items=pl.when(pl.int_range(pl.len()) % 3 == 0)
+        .then(pl.lit([*range(0, 400, 5)], dtype=pl.List(pl.Int64)))
+        .otherwise("history_items"),
+    )
+
+
+def test_the_graph_encodes_as_the_schema_does(examples):
+    schema = Schema.load(examples / "schema")
+    rows = _raw(read_slice(examples, "test"))
+    encoder = export._Encoder(FEATURES, schema)
+    raw = {
+        name: tf.constant(feed(rows, name, spec.dtype.as_numpy_dtype, len(spec.shape)))
+        for name, spec in encoder.specs().items()
+    }
+    encoded = encoder(raw)
+    for name, expected in schema.encode_rows(rows).items():
+        np.testing.assert_allclose(encoded[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_number_that_is_not_finite_is_taken_as_the_mean(examples):
+    schema = Schema.load(examples / "schema")
+    feature = next(feature for feature in FEATURES if feature.name == "user_click_rate")
+    encoded = export._Encoder((feature,), schema)({feature.name: tf.constant([np.nan, np.inf])})
+    np.testing.assert_array_equal(encoded[feature.name], [0.0, 0.0])
+
+
+def test_the_score_is_the_inner_product_in_the_graph_and_outside(recall, examples):
+    model, schema, out = recall
+    rows = read_slice(examples, "test").head(20)
+    queries = np.asarray(
+        model.query_tower({name: v for name, v in schema.encode_rows(rows, "user").items() if name != "user_id"})
+    )
+    items = pl.read_parquet(out / "items.parquet")
+    vectors = np.stack(items["vector"].to_numpy())
+    signature = tf.saved_model.load(str(out / "saved_model")).signatures["recommend"]
+    inputs = {
+        name: tf.constant(feed(rows, name, spec.dtype.as_numpy_dtype, len(spec.shape)))
+        for name, spec in signature.structured_input_signature[1].items()
+        if name not in ("k", "exclude")
+    }
+    answer = signature(**inputs, k=tf.constant(5), exclude=tf.constant(np.full((20, 1), -1)))
+    best = index.exact(queries, vectors, 5)
+    np.testing.assert_array_equal(answer["ids"], items["item_id"].to_numpy()[best])
+    np.testing.assert_allclose(
+        answer["scores"], np.take_along_axis(queries @ vectors.T, best, axis=1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_is_excluded_is_not_answered_and_a_large_k_ends_in_padding(recall, examples):
+    _, schema, out = recall
+    rows = read_slice(examples, "test").head(10)
+    signature = tf.saved_model.load(str(out / "saved_model")).signatures["recommend"]
+    known = schema.vocabularies["item_id"]
+    answers = retrieve(signature, rows, len(known) + 7)
+    for answer, history in zip(answers, rows["history_items"].to_list(), strict=True):
+        left = set(known.tolist()) - set(history)
+        assert set(answer[: len(left)].tolist()) == left
+        assert (answer[len(left) :] == -1).all()
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 9])
+def test_search_in_the_graph_is_exact(k):
+    random = np.random.default_rng(k)
+    queries, vectors = random.normal(size=(4, 3)).astype(np.float32), random.normal(size=(6, 3)).astype(np.float32)
+    ids = np.array([10, 20, 30, 40, 50, 60])
+    found, scores = index.top_k(
+        tf.constant(queries),
+        tf.constant(vectors),
+        tf.constant(ids),
+        tf.constant(k),
+        tf.constant([[20, -1]] * 4, tf.int64),
+    )
+    everything = queries @ vectors.T
+    for row in range(4):
+        order = [place for place in np.argsort(-everything[row]) if ids[place] != 20][:k]
+        assert found[row].numpy()[: len(order)].tolist() == ids[order].tolist()
+        assert (found[row].numpy()[len(order) :] == -1).all()
+        np.testing.assert_allclose(scores[row].numpy()[: len(order)], everything[row][order], rtol=1e-5)
+    assert found.shape == (4, k)
+
+
+def test_the_exported_rank_model_scores_as_the_trained_one(rank, examples):
+    model, schema, out = rank
+    rows = _raw(read_slice(examples, "test"))
+    encoded = schema.encode_rows(rows)
+    expected = model({tensor.name: encoded[tensor.name] for tensor in model.inputs})
+    for name, scores in score_rows(out / "saved_model", rows, batch=17).items():
+        np.testing.assert_allclose(scores, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_lack_an_input_are_named(rank, examples):
+    with pytest.raises(ValueError, match="reads traits"):
+        score_rows(rank[2] / "saved_model", read_slice(examples, "test").drop("traits"))
