@@ -46,6 +46,7 @@ class View:
 
     name: str
     entity: str
+    window: str
     description: str
     features: tuple[Feature, ...]
 
@@ -79,24 +80,28 @@ def _statistics(prefix: str, whose: str) -> tuple[Feature, ...]:
 
 
 VIEWS = (
-    View("user_profile", "user", "what the user is, as the log's users table says", _profile(USERS)),
+    View("user_profile", "user", "now", "what the user is, as the log's users table says", _profile(USERS)),
     View(
         "user_history",
         "user",
+        "all",
         f"the last {HISTORY_LENGTH} items the user long-viewed",
         (
             Feature("history_items", pl.List(pl.Int64()), "items long-viewed, oldest first"),
             Feature("history_times", pl.List(pl.Int64()), "when each was shown, ms since 1970"),
         ),
     ),
-    View("user_activity", "user", "what the user did in the 7 days before", _statistics("user", "the user")),
+    View("user_activity", "user", "7d", "what the user did in the 7 days before", _statistics("user", "the user")),
     View(
         "item_profile",
         "item",
+        "now",
         "what the item is, as the log's items table says",
         (*_profile(ITEMS), Feature("upload_time_ms", pl.Int64(), "when it was uploaded, ms since 1970")),
     ),
-    View("item_statistics", "item", "what users did with it in the 7 days before", _statistics("item", "the item")),
+    View(
+        "item_statistics", "item", "7d", "what users did with it in the 7 days before", _statistics("item", "the item")
+    ),
 )
 
 SERVICES: dict[str, tuple[str, ...]] = {
@@ -276,7 +281,7 @@ def _activity(events: pl.DataFrame, entity: str) -> pl.DataFrame:
 
 
 def _histories(events: pl.DataFrame, histories: pl.DataFrame | None) -> pl.DataFrame:
-    """The last items long-viewed, by user; an initial history stands before the log's rows, its items carry its time."""
+    """The last items long-viewed, by user; an initial history stands before the log's rows, with its own time."""
     viewed = events.filter(pl.col("long_view") == 1)
     rows = pl.DataFrame(
         {

@@ -1,0 +1,218 @@
+"""The feature store under a home directory: tables → offline files → point-in-time joins and online values."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import secrets
+import sqlite3
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import yaml
+from feast import FeatureStore, FeatureView, RepoConfig
+from feast.infra.key_encoding_utils import serialize_entity_key
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
+
+from feature_repo.definitions import define
+from penstock.features import SERVICES, VIEWS, View, default, fill_missing, view
+
+HERE = Path(__file__).resolve().parent
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class StoreError(RuntimeError):
+    """The feature store cannot answer; the message says what to do."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Feast's progress bars, colours and warnings off the screen."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def open_store(home: Path) -> FeatureStore:
+    """Feast's own store on HOME, as feature_store.yaml describes it."""
+    text = (HERE / "feature_store.yaml").read_text()
+    (home / "feast").mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        config = RepoConfig(**yaml.safe_load(text.replace("${PENSTOCK_HOME}", str(home.resolve()))))
+        config.repo_path = HERE
+        return FeatureStore(config=config)
+
+
+def write_tables(home: Path, tables: Mapping[str, pl.DataFrame]) -> None:
+    """Replaces HOME/features/<view>.parquet, each in one step: a reader finds the old table or the new one."""
+    folder = home / "features"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        temporary = folder / f".{name}-{secrets.token_hex(4)}.parquet"
+        try:
+            table.write_parquet(temporary)
+            temporary.replace(folder / f"{name}.parquet")
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def apply(home: Path) -> None:
+    """Registers the definitions; harmless when they are registered, or when others have the store open."""
+    definitions = define(home.resolve())
+    store = open_store(home)
+    with _quiet():
+        store.apply([*definitions.entities, *definitions.sources, *definitions.views, *definitions.services])
+    with contextlib.closing(sqlite3.connect(store.config.online_store.path, timeout=60)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")  # the gateway reads on while a materialisation writes
+
+
+def materialise(home: Path, until: datetime) -> dict[str, int]:
+    """Fills the online store with each entity's newest snapshot of at most `until`; view → entities written.
+
+    Everything is written again, in transactions of one batch: a run that was killed is mended by the next. Entities
+    that the tables no longer hold are removed, so that online is never more than offline.
+    """
+    store = open_store(home)
+    written = {}
+    for definition in VIEWS:
+        with _quiet():
+            # Feast compares naive times and leaves zones to the session: the row of `until` itself must be in
+            store.materialize(EPOCH, until, feature_views=[definition.name])
+        path = home / "features" / f"{definition.name}.parquet"
+        kept = (
+            pl.scan_parquet(path).filter(pl.col("event_timestamp") <= until).select(definition.key).unique().collect()
+        )
+        written[definition.name] = kept.height
+        _remove_others(store, definition, kept.to_series())
+    return written
+
+
+def _remove_others(store: FeatureStore, definition: View, kept: pl.Series) -> None:
+    """Deletes what the online table of a view holds of entities other than `kept`."""
+    keys = {_packed_key(definition, entity) for entity in kept}
+    table = f"{store.project}_{definition.name}"
+    with contextlib.closing(sqlite3.connect(store.config.online_store.path, timeout=60)) as connection, connection:
+        stored = {key for (key,) in connection.execute(f'SELECT DISTINCT entity_key FROM "{table}"')}
+        connection.executemany(f'DELETE FROM "{table}" WHERE entity_key = ?', [(key,) for key in stored - keys])
+        if len(stored & keys) != len(keys):
+            raise StoreError(
+                f"{table} holds {len(stored & keys)} of {len(keys)} entities after materialisation: run it again"
+            )
+
+
+def _entity_key(definition: View, entity: int) -> EntityKey:
+    return EntityKey(join_keys=[definition.key], entity_values=[Value(int64_val=int(entity))])
+
+
+def _packed_key(definition: View, entity: int) -> bytes:
+    return serialize_entity_key(_entity_key(definition, entity), entity_key_serialization_version=3)
+
+
+CHUNK_ROWS = 100_000
+"""Entity rows joined at once: Feast's join pairs each with all earlier snapshots of its entity before it picks one."""
+
+
+def historical(home: Path, entity_rows: pl.DataFrame, service: str) -> pl.DataFrame:
+    """`entity_rows` (keys and event_time) in their order, with the features of `service` as they were at event_time.
+
+    What was not known by then is filled with the default of its dtype.
+
+    Raises:
+        StoreError: Feast lost or doubled a row, or the store lacks the service.
+    """
+    store = open_store(home)
+    features = _service(store, service)
+    views = [view(name) for name in SERVICES[service]]
+    keys = sorted({definition.key for definition in views})
+    asked = entity_rows.select(*keys, event_timestamp="event_time").with_row_index("row")
+    parts = []
+    for chunk in asked.iter_slices(CHUNK_ROWS):
+        with _quiet():
+            joined = pl.from_arrow(store.get_historical_features(chunk.to_pandas(), features).to_arrow())
+        assert isinstance(joined, pl.DataFrame)
+        joined = joined.with_columns(pl.col("row").cast(pl.UInt32)).sort("row")
+        if not joined["row"].equals(chunk["row"]):
+            raise StoreError(
+                f"the point-in-time join of {service} made {joined['row'].n_unique()} of {chunk.height} rows,"
+                f" {joined.height} in all: no row may be lost or doubled; are two views' features of the same name?"
+            )
+        parts.append(joined)
+    wanted = [feature for definition in views for feature in definition.features]
+    if not parts:
+        return entity_rows.with_columns(pl.lit(None, feature.dtype).alias(feature.name) for feature in wanted)
+    filled = fill_missing(pl.concat(parts).select(feature.name for feature in wanted), wanted)
+    return entity_rows.hstack(filled)
+
+
+def _service(store: FeatureStore, name: str) -> Any:
+    if name not in SERVICES:
+        raise StoreError(f"unknown feature service {name!r}: there are {', '.join(SERVICES)}")
+    try:
+        with _quiet():
+            return store.get_feature_service(name)
+    except Exception as error:
+        raise StoreError(
+            f"feature service {name} is not registered in {store.config.registry.path}: run apply"
+        ) from error
+
+
+class Online:
+    """Reads the newest values for serving; one for a process, shared by its threads.
+
+    Views are looked up once, so that a call does no work in the registry: after `apply` of other definitions, open a
+    new one. Values are what the store holds at the call.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._store = open_store(home)
+        self._views: dict[str, list[tuple[View, FeatureView]]] = {}
+        for service in SERVICES:
+            _service(self._store, service)
+            with _quiet():
+                self._views[service] = [(view(name), self._store.get_feature_view(name)) for name in SERVICES[service]]
+        self._provider = self._store._get_provider()
+        self.users([0], next(iter(SERVICES)))  # opens the connection before there are threads
+
+    def users(self, ids: Sequence[int], service: str) -> dict[str, np.ndarray | list[Any]]:
+        """Feature name → value a user: an int64 or float32 array [len(ids)], or a list of int64 arrays."""
+        return self._read("user", ids, service)
+
+    def items(self, ids: Sequence[int], service: str) -> dict[str, np.ndarray | list[Any]]:
+        """Feature name → value an item: an int64 or float32 array [len(ids)], or a list of int64 arrays or strings."""
+        return self._read("item", ids, service)
+
+    def _read(self, entity: str, ids: Sequence[int], service: str) -> dict[str, np.ndarray | list[Any]]:
+        values: dict[str, np.ndarray | list[Any]] = {}
+        for definition, feature_view in self._views[service]:
+            if definition.entity != entity:
+                continue
+            names = [feature.name for feature in definition.features]
+            keys = [_entity_key(definition, identity) for identity in ids]
+            rows = [
+                found or {} for _, found in self._provider.online_read(self._store.config, feature_view, keys, names)
+            ]
+            for feature in definition.features:
+                values[feature.name] = _column([row.get(feature.name) for row in rows], feature.dtype)
+        return values
+
+
+def _column(values: list[Value | None], dtype: pl.DataType) -> np.ndarray | list[Any]:
+    """Feast's values as an array or a list, with the default for those that are missing."""
+    if isinstance(dtype, pl.List):
+        return [np.array(value.int64_list_val.val if value is not None else (), np.int64) for value in values]
+    if isinstance(dtype, pl.String):
+        return [value.string_val if value is not None else default(dtype) for value in values]
+    if dtype.is_float():
+        return np.array([value.float_val if value is not None else 0.0 for value in values], np.float32)
+    return np.array([value.int64_val if value is not None else 0 for value in values], np.int64)
