@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
+import json
 import secrets
 import sqlite3
 import warnings
@@ -21,7 +23,8 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 
 from feature_repo.definitions import define
-from penstock.features import SERVICES, VIEWS, View, default, fill_missing, view
+from penstock.durable import sync_directory, sync_file
+from penstock.features import SERVICES, VIEWS, View, default, feature_tables, fill_missing, view
 
 HERE = Path(__file__).resolve().parent
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -61,10 +64,12 @@ def write_tables(home: Path, tables: Mapping[str, pl.DataFrame]) -> None:
         temporary = folder / f".{name}-{secrets.token_hex(4)}.parquet"
         try:
             table.write_parquet(temporary)
+            sync_file(temporary)
             temporary.replace(folder / f"{name}.parquet")
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    sync_directory(folder)
 
 
 def apply(home: Path) -> None:
@@ -87,7 +92,6 @@ def materialise(home: Path, until: datetime) -> dict[str, int]:
     written = {}
     for definition in VIEWS:
         with _quiet():
-            # Feast compares naive times and leaves zones to the session: the row of `until` itself must be in
             store.materialize(EPOCH, until, feature_views=[definition.name])
         path = home / "features" / f"{definition.name}.parquet"
         kept = (
@@ -119,6 +123,30 @@ def _packed_key(definition: View, entity: int) -> bytes:
     return serialize_entity_key(_entity_key(definition, entity), entity_key_serialization_version=3)
 
 
+def refresh(home: Path, log: Path, out: Path) -> dict[str, dict[str, Any]]:
+    """A log → offline tables → registry → online store, one process at a time; what there is goes to out/tables.json.
+
+    Raises:
+        LogError: the log cannot be read; nothing was changed.
+    """
+    tables = feature_tables(log)
+    stamps = {name: table["event_timestamp"].max() for name, table in tables.items()}
+    newest = max(stamp for stamp in stamps.values() if isinstance(stamp, datetime))
+    (home / "feast").mkdir(parents=True, exist_ok=True)
+    with (home / "feast" / ".refresh.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_tables(home, tables)
+        apply(home)
+        online = materialise(home, newest)
+    found = {
+        name: {"rows": table.height, "online": online[name], "newest": str(stamps[name])}
+        for name, table in tables.items()
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.json").write_text(json.dumps(found, indent=1))
+    return found
+
+
 CHUNK_ROWS = 100_000
 """Entity rows joined at once: Feast's join pairs each with all earlier snapshots of its entity before it picks one."""
 
@@ -136,6 +164,7 @@ def historical(home: Path, entity_rows: pl.DataFrame, service: str) -> pl.DataFr
     views = [view(name) for name in SERVICES[service]]
     keys = sorted({definition.key for definition in views})
     asked = entity_rows.select(*keys, event_timestamp="event_time").with_row_index("row")
+    wanted = [feature for definition in views for feature in definition.features]
     parts = []
     for chunk in asked.iter_slices(CHUNK_ROWS):
         with _quiet():
@@ -147,11 +176,10 @@ def historical(home: Path, entity_rows: pl.DataFrame, service: str) -> pl.DataFr
                 f"the point-in-time join of {service} made {joined['row'].n_unique()} of {chunk.height} rows,"
                 f" {joined.height} in all: no row may be lost or doubled; are two views' features of the same name?"
             )
-        parts.append(joined)
-    wanted = [feature for definition in views for feature in definition.features]
+        parts.append(joined.select(feature.name for feature in wanted))
     if not parts:
         return entity_rows.with_columns(pl.lit(None, feature.dtype).alias(feature.name) for feature in wanted)
-    filled = fill_missing(pl.concat(parts).select(feature.name for feature in wanted), wanted)
+    filled = fill_missing(pl.concat(parts), wanted)
     return entity_rows.hstack(filled)
 
 

@@ -1,0 +1,29 @@
+"""A data set, by name, and what the gateway was told → a log."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="penstock/python-step:latest", install_kfp_package=False)
+def ingest(source: str, options: str, feedback: str, log: dsl.Output[dsl.Dataset]) -> None:
+    """Writes the log of `penstock.datasets.<source>`, and the gateway's feedback as its part "feedback".
+
+    Args:
+        options: the source's Config overrides, as JSON.
+        feedback: the gateway's feedback directory; it may be absent.
+    """
+    import json
+    import time
+    from pathlib import Path
+
+    from penstock import config, module
+    from penstock.events import write_events
+    from penstock.feedback import read_feedback
+
+    start = time.monotonic()
+    dataset = module("datasets", source)
+    dataset.write_log(config(dataset, json.loads(options or "{}")), Path(log.path))
+    told = read_feedback(Path(feedback)) if feedback and Path(feedback).is_dir() else None
+    if told is not None:
+        write_events(told, Path(log.path), "feedback")
+    rows = 0 if told is None else told.height
+    print(f"ingest: {source} and {rows:,} rows of feedback in {time.monotonic() - start:.1f} s")
