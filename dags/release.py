@@ -1,0 +1,230 @@
+"""A candidate becomes the release that answers: approve → (canary → evidence → approve) → promote."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import Param, PokeReturnValue, dag, get_current_context, task
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from dags.assets import CANDIDATE, newest
+from dags.stages import follow_routing, home, run, tracking_uri
+
+APPROVERS = [{"id": "admin", "name": "admin"}]
+
+
+def verdict_table(verdict: dict[str, Any]) -> str:
+    """The heads of a verdict as a Markdown table: AUC of the fused score, against the champion or popularity."""
+    against = "popularity" if verdict["champion"] is None else f"release {verdict['champion']}"
+    lines = [f"| head | AUC | 95 % interval | {against} | difference |", "|---|---|---|---|---|"]
+    for name, head in verdict["heads"].items():
+        other = head["popularity"] if verdict["champion"] is None else head["champion"]
+        lines.append(
+            f"| {name} | {head['auc']:.4f} | {head['low']:.4f} to {head['high']:.4f} "
+            f"| {other:.4f} | {head['auc'] - other:+.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def online_counts(directory: Path, releases: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Impressions, clicks and long views of each variant (name → its release), from the gateway's own log."""
+    import polars as pl
+
+    from penstock.feedback import read_feedback
+
+    shown = read_feedback(directory)
+    counts = {}
+    for variant, number in releases.items():
+        part = shown.filter(pl.col("variant") == variant, pl.col("release") == number)
+        counts[variant] = {"impressions": part.height} | {
+            name: int(part[name].sum()) for name in ("click", "long_view")
+        }
+    return counts
+
+
+def evidence_table(releases: dict[str, int], counts: dict[str, dict[str, int]]) -> str:
+    """What users did with each variant, as a Markdown table."""
+    lines = ["| variant | release | impressions | clicks | long views |", "|---|---|---|---|---|"]
+    for variant, number in releases.items():
+        shown, *done = (counts[variant][name] for name in ("impressions", "click", "long_view"))
+        rates = " | ".join(f"{count / shown:.2%}" if shown else "–" for count in done)
+        lines.append(f"| {variant} | {number} | {shown} | {rates} |")
+    return "\n".join(lines)
+
+
+def answer(task_id: str) -> tuple[bool, str]:
+    """Whether the approval `task_id` of this run was given, and by whom ("nobody" if its default was taken)."""
+    said = get_current_context()["ti"].xcom_pull(task_ids=task_id) or {}
+    by = said.get("responded_by_user") or {}
+    return said.get("chosen_options") == [ApprovalOperator.APPROVE], by.get("name") or "nobody"
+
+
+@dag(
+    dag_id="release",
+    schedule=[CANDIDATE],
+    catchup=False,
+    max_active_runs=1,
+    tags=["penstock"],
+    default_args={"retries": 0, "execution_timeout": timedelta(hours=1)},
+    params={
+        "share": Param(0.2, type="number", exclusiveMinimum=0, maximum=1, description="users that get a canary"),
+        "min_impressions": Param(
+            200, type="integer", minimum=0, description="of the canary before its approval is asked"
+        ),
+        "wait_minutes": Param(60, type="integer", minimum=0, description="for them, at most"),
+    },
+    doc_md="""
+    ### From a candidate to what users get
+    A person approves the candidate by the gate's verdict and the report; silence for a day is a rejection.
+    The first release is promoted at once. Later ones answer `params.share` of the users first (the canary); when it has
+    been shown `min_impressions` times, or after `wait_minutes`, a person approves its promotion by what the A/B split
+    has shown, or it is withdrawn.
+
+    Approvals wait under **Required Actions**. A rejection skips what follows and the run is a success: whether a
+    release was promoted is told by the task `promote`.
+    """,
+)
+def release() -> None:
+    @task(inlets=[CANDIDATE], doc_md="The candidate, its verdict, and the champion it was held against.")
+    def candidate() -> dict[str, Any]:
+        from components import tracking
+        from penstock import routing
+
+        found = newest(
+            CANDIDATE, get_current_context(), "there is no approved candidate yet: trigger the DAG `train` first"
+        )
+        verdict = json.loads((Path(found["verdict"]) / "verdict.json").read_text())
+        live = routing.read(home() / "routing.json").champion
+        if verdict["champion"] != live:
+            raise AirflowFailException(
+                f"the candidate was held against release {verdict['champion']}, but {live} is live now: "
+                "trigger the DAG `train` again"
+            )
+        where = [f"Report: `{found['report']}`"]
+        if link := tracking.run_url(tracking_uri(), found["run_id"]):
+            where.append(f"MLflow: [run {found['run_id']}]({link})")
+        body = [verdict["sentence"], verdict_table(verdict), *where]
+        return found | {"champion": live, "body": "\n\n".join(body)}
+
+    approve = ApprovalOperator(
+        task_id="approve",
+        subject="Release the candidate of {{ ti.xcom_pull(task_ids='candidate')['run_id'] }}?",
+        body="{{ ti.xcom_pull(task_ids='candidate')['body'] }}",
+        assigned_users=APPROVERS,
+        defaults=ApprovalOperator.REJECT,
+        response_timeout=timedelta(days=1),
+        doc_md="A person decides by the verdict and the report. No answer within a day is a rejection.",
+    )
+
+    @task(doc_md="The numbered, immutable directory of the release, and its version in MLflow's registry.")
+    def build(found: dict[str, Any]) -> int:
+        from components import tracking
+        from penstock import release as releases
+
+        parts = {f"{name}_uri": found[name] for name in ("recall", "rank", "weights", "verdict", "report")}
+        _, by = answer("approve")
+        outputs = run("release", home=str(home()), approved_by=by, run_id=found["run_id"], **parts)
+        number = int(outputs["parameters"]["number"])
+        tracking.register_release(tracking_uri(), releases.directory(home(), number), releases.manifest(home(), number))
+        return number
+
+    @task.branch(doc_md="The first release is promoted at once; a later one goes through a canary.")
+    def road(found: dict[str, Any], number: int) -> str:
+        return "promote" if found["champion"] is None else "canary"
+
+    @task(retries=1, retry_delay=timedelta(seconds=5), doc_md="The release answers `params.share` of the users.")
+    def canary(found: dict[str, Any], number: int) -> dict[str, Any]:
+        from serving import rollout
+
+        context = get_current_context()
+        share = float(context["params"]["share"])
+        _, by = answer("approve")
+        rollout.canary(home(), number, share, by=by, reason=f"canary of run {context['run_id']}")
+        follow_routing()
+        pair = {"champion": found["champion"], "challenger": number}
+        return {"releases": pair, "before": online_counts(home() / "feedback", pair), "since": time.time()}
+
+    @task.sensor(
+        mode="reschedule",
+        poke_interval=5,
+        timeout=timedelta(days=8).total_seconds(),
+        doc_md="Waits until the canary has been shown often enough, or long enough, and tells how both variants fare.",
+    )
+    def evidence(started: dict[str, Any]) -> PokeReturnValue:
+        params = get_current_context()["params"]
+        now, before = online_counts(home() / "feedback", started["releases"]), started["before"]
+        counts = {name: {key: now[name][key] - before[name][key] for key in now[name]} for name in now}
+        enough = counts["challenger"]["impressions"] >= params["min_impressions"]
+        waited = time.time() - started["since"] >= params["wait_minutes"] * 60
+        return PokeReturnValue(enough or waited, evidence_table(started["releases"], counts))
+
+    approve_promotion = ApprovalOperator(
+        task_id="approve_promotion",
+        subject="Promote release {{ ti.xcom_pull(task_ids='build') }} from canary to everybody?",
+        body="{{ ti.xcom_pull(task_ids='candidate')['body'] }}\n\nOnline so far:\n\n"
+        "{{ ti.xcom_pull(task_ids='evidence') }}",
+        assigned_users=APPROVERS,
+        defaults=ApprovalOperator.REJECT,
+        response_timeout=timedelta(days=7),
+        doc_md="A person decides by the A/B evidence. No answer within a week withdraws the canary.",
+    )
+
+    @task(
+        trigger_rule="none_failed_min_one_success",
+        retries=1,
+        retry_delay=timedelta(seconds=5),
+        doc_md="The release answers everybody. Whether a run has promoted is told by this task.",
+    )
+    def promote() -> int:
+        from serving import rollout
+
+        context = get_current_context()
+        first = context["ti"].xcom_pull(task_ids="candidate")["champion"] is None
+        approved, by = answer("approve" if first else "approve_promotion")
+        if not approved:
+            raise AirflowFailException("nobody has approved this promotion")
+        number = int(context["ti"].xcom_pull(task_ids="build"))
+        rollout.promote(home(), number, by=by, reason=f"approved in run {context['run_id']}")
+        return number
+
+    @task(trigger_rule="none_failed_min_one_success", doc_md="A canary that was turned down answers nobody.")
+    def withdraw() -> None:
+        from serving import rollout
+
+        context = get_current_context()
+        if context["ti"].xcom_pull(task_ids="canary") is None:
+            raise AirflowSkipException("there was no canary")
+        approved, by = answer("approve_promotion")
+        if approved:
+            raise AirflowSkipException("promoted")
+        rollout.withdraw(home(), by=by, reason=f"turned down in run {context['run_id']}")
+
+    @task(
+        trigger_rule="none_failed_min_one_success",
+        retries=1,
+        retry_delay=timedelta(seconds=5),
+        doc_md="MLflow's aliases champion and challenger follow what is live.",
+    )
+    def aliases() -> None:
+        follow_routing()
+
+    found = candidate()
+    number = build(found)
+    way = road(found, number)
+    started = canary(found, number)
+    # promote hangs on nothing but these two: with any other success above it a rejection would let it run
+    promoted = promote()
+    withdrawn = withdraw()
+    found >> approve >> number
+    way >> [started, promoted]
+    evidence(started) >> approve_promotion >> promoted
+    [started, promoted] >> withdrawn
+    [promoted, withdrawn] >> aliases()
+
+
+release()

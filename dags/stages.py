@@ -1,0 +1,56 @@
+"""Running a stage from a task: where its results go, and which runner."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import get_current_context
+
+
+def home() -> Path:
+    """PENSTOCK_HOME, by default `var` in the repository."""
+    return Path(os.environ.get("PENSTOCK_HOME") or Path(__file__).resolve().parents[1] / "var").resolve()
+
+
+def tracking_uri() -> str:
+    """MLflow's address, by default the database in the home directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow/mlflow.db"
+
+
+def run(stage: str, *, key: str = "", **arguments: Any) -> dict[str, Any]:
+    """Runs `stage` for the current task; `key` tells apart the instances of a mapped one.
+
+    Returns:
+        {"parameters": {name: value}, "artifacts": {name: {"uri", "metadata"}}}.
+    """
+    from components.runner import run_stage
+
+    dag_run = get_current_context()["dag_run"]
+    folder = re.sub(r"[^\w.-]", "_", dag_run.run_id)
+    out = home() / "runs" / dag_run.dag_id / folder / (f"{stage}-{key}" if key else stage)
+    return run_stage(stage, arguments, out, os.environ.get("PENSTOCK_RUNNER"))
+
+
+def uri(outputs: dict[str, Any], name: str) -> str:
+    """Where artifact `name` of a stage's outputs lies."""
+    return outputs["artifacts"][name]["uri"]
+
+
+def champion() -> str:
+    """The directory of the release that is live, or nothing."""
+    from penstock import release, routing
+
+    live = routing.read(home() / "routing.json").champion
+    return "" if live is None else str(release.directory(home(), live))
+
+
+def follow_routing() -> None:
+    """Sets MLflow's aliases to what the routing document says."""
+    from components import tracking
+    from penstock import routing
+
+    live = routing.read(home() / "routing.json")
+    tracking.set_aliases(tracking_uri(), champion=live.champion, challenger=live.challenger)

@@ -1,0 +1,162 @@
+"""Examples become a candidate: recall models ∥ rank models → output weights → gate → report."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import Param, dag, get_current_context, task
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from dags.assets import CANDIDATE, EXAMPLES, newest
+from dags.stages import champion, run, tracking_uri, uri
+
+
+def check_models(kind: str, names: list[str], overrides: dict[str, Any]) -> None:
+    """Fails on a model there is not, or a setting it does not have, before any work is done."""
+    from importlib.util import find_spec
+
+    import penstock
+
+    for name in names:
+        # a known model is imported (with TensorFlow) only when there are settings to hold against it
+        if find_spec(f"penstock.{kind}.{name}") is None or overrides:
+            try:
+                penstock.config(penstock.module(kind, name), overrides)
+            except ValueError as error:
+                raise AirflowFailException(str(error)) from None
+
+
+def with_config(names: list[str], overrides: dict[str, Any]) -> list[dict[str, str]]:
+    """The arguments that tell the mapped tasks apart."""
+    return [{"model": name, "config": json.dumps(dict(overrides))} for name in names]
+
+
+def best(candidates: list[dict[str, Any]], artifact: str, measures: list[str]) -> dict[str, Any]:
+    """The candidate whose mean of `measures` on the validation slice is highest (the first, if equal)."""
+
+    def value(outputs: dict[str, Any]) -> float:
+        metrics = json.loads((Path(uri(outputs, artifact)) / "metrics.json").read_text())["validation"]
+        return sum(metrics[measure] for measure in measures) / len(measures)
+
+    return max(candidates, key=value)
+
+
+@dag(
+    dag_id="train",
+    schedule=[EXAMPLES],
+    catchup=False,
+    max_active_runs=1,
+    tags=["penstock"],
+    default_args={"retries": 0, "execution_timeout": timedelta(hours=24)},
+    params={
+        "recall_models": Param(["youtube_dnn"], type="array", items={"type": "string"}, minItems=1),
+        "rank_models": Param(["mmoe"], type="array", items={"type": "string"}, minItems=1),
+        "recall_config": Param({}, type="object", description="settings of the recall models, by name"),
+        "rank_config": Param({}, type="object", description="settings of the rank models, by name"),
+        "seed": Param(1, type="integer"),
+    },
+    doc_md="""
+    ### From examples to a candidate
+    Recall and rank models are trained side by side, one task a model; the best of each by the validation slice go on.
+    The output **weights** are searched on the validation slice, the **gate** holds the fused score against the
+    champion's on the test slice (the first time: against popularity and the best single head), and the **report**
+    shows it all, in a file and in MLflow.
+
+    Started by the asset `examples`, or by hand: then it takes the newest examples.
+    An approved candidate becomes the asset `candidate`, which starts `release`; one turned down skips `publish`.
+    """,
+)
+def train() -> None:
+    @task(inlets=[EXAMPLES], doc_md="Finds the examples and checks the names of the models.")
+    def plan() -> dict[str, Any]:
+        context = get_current_context()
+        params = context["params"]
+        check_models("recall", params["recall_models"], dict(params["recall_config"]))
+        check_models("rank", params["rank_models"], dict(params["rank_config"]))
+        found = newest(EXAMPLES, context, "there are no examples yet: trigger the DAG `prepare` first")
+        if not Path(found["uri"]).is_dir():
+            raise AirflowFailException(f"{found['uri']} is gone: trigger the DAG `prepare` again")
+        return {
+            "examples": found["uri"],
+            "recall": with_config(params["recall_models"], params["recall_config"]),
+            "rank": with_config(params["rank_models"], params["rank_config"]),
+        }
+
+    def map_over(kind: str) -> Any:
+        @task(task_id=f"{kind}_models", doc_md=f"The {kind} models to train, one mapped task each.")
+        def models(plan: dict[str, Any]) -> list[dict[str, str]]:
+            return plan[kind]
+
+        return models
+
+    @task(
+        map_index_template="{{ task.op_kwargs['model']['model'] }}",
+        doc_md="Trains one recall model and exports it with its item index.",
+    )
+    def recall(model: dict[str, str], plan: dict[str, Any]) -> dict[str, Any]:
+        seed = get_current_context()["params"]["seed"]
+        return run("recall", key=model["model"], examples_uri=plan["examples"], seed=seed, **model)
+
+    @task(
+        map_index_template="{{ task.op_kwargs['model']['model'] }}",
+        doc_md="Trains one rank model and predicts the validation and test slices.",
+    )
+    def rank(model: dict[str, str], plan: dict[str, Any]) -> dict[str, Any]:
+        seed = get_current_context()["params"]["seed"]
+        return run("rank", key=model["model"], examples_uri=plan["examples"], seed=seed, **model)
+
+    @task(doc_md="The best recall model by recall@50, the best rank model by its mean AUC, on the validation slice.")
+    def choose(plan: dict[str, Any], recalls: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> dict[str, str]:
+        heads = ["auc_click", "auc_long_view", "auc_like"]
+        return {
+            "examples": plan["examples"],
+            "recall": uri(best(list(recalls), "recall", ["recall@50"]), "recall"),
+            "rank": uri(best(list(ranks), "rank", heads), "rank"),
+        }
+
+    @task(doc_md="Searches the weights of the heads in the fused score, on the validation slice.")
+    def weights(chosen: dict[str, str]) -> dict[str, str]:
+        return chosen | {"weights": uri(run("weights", rank_uri=chosen["rank"]), "weights")}
+
+    @task(doc_md="Holds the candidate against the champion on the test slice. No verdict is a rejection.")
+    def gate(chosen: dict[str, str]) -> dict[str, Any]:
+        outputs = run(
+            "gate",
+            examples_uri=chosen["examples"],
+            recall_uri=chosen["recall"],
+            rank_uri=chosen["rank"],
+            weights_uri=chosen["weights"],
+            champion=champion(),
+        )
+        return chosen | {"verdict": uri(outputs, "verdict")} | outputs["parameters"]
+
+    @task(doc_md="The HTML file a person approves by, and the MLflow run.")
+    def report(judged: dict[str, Any]) -> dict[str, Any]:
+        run_id = get_current_context()["dag_run"].run_id
+        outputs = run(
+            "report",
+            **{f"{name}_uri": judged[name] for name in ("examples", "recall", "rank", "weights", "verdict")},
+            tracking_uri=tracking_uri(),
+            run_name=run_id,
+        )
+        return judged | {"report": uri(outputs, "report"), "run_id": outputs["parameters"]["run_id"]}
+
+    @task(
+        outlets=[CANDIDATE], doc_md="Makes an approved candidate the asset `candidate`; skips one that is turned down."
+    )
+    def publish(reported: dict[str, Any]) -> dict[str, Any]:
+        if not reported["approved"]:
+            raise AirflowSkipException(f"turned down by the gate: {reported['sentence']}")
+        get_current_context()["outlet_events"][CANDIDATE].extra = reported
+        return reported
+
+    planned = plan()
+    recalls = recall.partial(plan=planned).expand(model=map_over("recall")(planned))
+    ranks = rank.partial(plan=planned).expand(model=map_over("rank")(planned))
+    publish(report(gate(weights(choose(planned, recalls, ranks)))))
+
+
+train()

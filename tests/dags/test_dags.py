@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Airflow's own providers import from where Airflow no longer wants it
+pytestmark = pytest.mark.filterwarnings("ignore:The .airflow:FutureWarning")
+
+PARSE = """
+import json, sys
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag(sys.argv[1])
+print(json.dumps({
+    "errors": {str(path): error for path, error in bag.import_errors.items()},
+    "modules": sorted({name.split(".")[0] for name in sys.modules}),
+    "files": sorted({dag.fileloc.rsplit("/", 1)[1] for dag in bag.dags.values()}),
+    "dags": {name: {
+        "schedule": type(dag.timetable).__name__,
+        "max_active_runs": dag.max_active_runs,
+        "doc": bool(dag.doc_md),
+        "tasks": {task.task_id: {
+            "upstream": sorted(task.upstream_task_ids),
+            "rule": task.trigger_rule.value,
+            "retries": task.retries,
+            "limited": bool(task.execution_timeout or getattr(task, "response_timeout", None)),
+            "doc": bool(task.doc_md),
+            "defaults": getattr(task, "defaults", None),
+        } for task in dag.tasks},
+    } for name, dag in bag.dags.items()},
+}))
+"""
+
+
+@pytest.fixture(scope="session")
+def parsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The DAG folder as Airflow parses it, in a process of its own."""
+    environment = os.environ | {
+        "AIRFLOW_HOME": str(tmp_path_factory.mktemp("airflow")),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__LOGGING__LOGGING_LEVEL": "ERROR",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, str(ROOT / "dags")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_dag_parses(parsed: dict[str, Any]) -> None:
+    assert parsed["errors"] == {}
+    assert sorted(parsed["dags"]) == ["prepare", "release", "rollback", "train"]
+    assert parsed["files"] == ["prepare.py", "release.py", "rollback.py", "train.py"]
+
+
+def test_parsing_imports_nothing_heavy(parsed: dict[str, Any]) -> None:
+    heavy = {"tensorflow", "keras", "kfp", "feast", "mlflow", "great_expectations", "polars", "components", "serving"}
+    assert heavy.isdisjoint(parsed["modules"])
+
+
+def test_every_dag_and_task_says_what_it_is_and_ends(parsed: dict[str, Any]) -> None:
+    for name, dag in parsed["dags"].items():
+        assert dag["doc"], name
+        assert dag["max_active_runs"] == 1, name
+        for task_id, task in dag["tasks"].items():
+            assert task["doc"], f"{name}.{task_id}"
+            assert task["limited"], f"{name}.{task_id}"
+            assert task["retries"] <= 1, f"{name}.{task_id}"
+
+
+def test_assets_and_hands_trigger(parsed: dict[str, Any]) -> None:
+    schedules = {name: dag["schedule"] for name, dag in parsed["dags"].items()}
+    assert schedules == {
+        "prepare": "NullTimetable",
+        "train": "AssetTriggeredTimetable",
+        "release": "AssetTriggeredTimetable",
+        "rollback": "NullTimetable",
+    }
+
+
+def test_train_goes_through_gate_and_report_before_it_publishes(parsed: dict[str, Any]) -> None:
+    tasks = parsed["dags"]["train"]["tasks"]
+    assert tasks["recall"]["upstream"] == ["plan", "recall_models"]
+    assert tasks["rank"]["upstream"] == ["plan", "rank_models"]
+    assert tasks["choose"]["upstream"] == ["plan", "rank", "recall"]
+    chain = ["choose", "weights", "gate", "report", "publish"]
+    for before, after in itertools.pairwise(chain):
+        assert tasks[after]["upstream"] == [before]
+
+
+def test_silence_is_a_rejection(parsed: dict[str, Any]) -> None:
+    tasks = parsed["dags"]["release"]["tasks"]
+    assert tasks["approve"]["defaults"] == tasks["approve_promotion"]["defaults"] == ["Reject"]
+
+
+def test_nothing_reaches_promote_past_a_rejection(parsed: dict[str, Any]) -> None:
+    """By Airflow's rules: a rejection skips what hangs on it directly, the rest follows from the trigger rules."""
+    tasks = parsed["dags"]["release"]["tasks"]
+
+    def outcome(states: dict[str, str]) -> dict[str, str]:
+        states = dict(states)
+        while pending := [
+            name for name, task in tasks.items() if name not in states and all(up in states for up in task["upstream"])
+        ]:
+            for name in pending:
+                ups = [states[up] for up in tasks[name]["upstream"]]
+                some = tasks[name]["rule"] == "none_failed_min_one_success"
+                runs = "success" in ups if some else all(up == "success" for up in ups)
+                states[name] = "success" if runs else "skipped"
+        return states
+
+    rejected = outcome({"candidate": "success", "approve": "success", "build": "skipped"})
+    assert {name for name, state in rejected.items() if state == "success"} == {"candidate", "approve"}
+
+    first = outcome({"canary": "skipped", "road": "success"})
+    assert (first["promote"], first["evidence"], first["approve_promotion"]) == ("success", "skipped", "skipped")
+
+    withdrawn = outcome({"promote": "skipped"})
+    assert (withdrawn["withdraw"], withdrawn["aliases"]) == ("success", "success")
+
+
+@pytest.fixture
+def airflow_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("airflow_home")
+def test_an_unknown_model_or_setting_fails_before_any_work() -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags.train import check_models
+
+    with pytest.raises(AirflowFailException, match=r"unknown recall 'transformer': there are .*youtube_dnn"):
+        check_models("recall", ["youtube_dnn", "transformer"], {})
+    check_models("recall", ["youtube_dnn"], {})
+
+
+@pytest.mark.usefixtures("airflow_home")
+def test_the_best_model_is_chosen_by_the_validation_slice(tmp_path: Path) -> None:
+    from dags.train import best
+
+    candidates = []
+    for name, validation, test in (("a", 0.1, 0.9), ("b", 0.3, 0.1), ("c", 0.3, 0.2)):
+        (tmp_path / name).mkdir()
+        metrics = {"validation": {"recall@50": validation}, "test": {"recall@50": test}}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+        candidates.append({"artifacts": {"recall": {"uri": str(tmp_path / name)}}})
+
+    assert best(candidates, "recall", ["recall@50"]) is candidates[1]
+
+
+@pytest.mark.usefixtures("airflow_home")
+def test_the_tables_a_person_decides_by() -> None:
+    from dags.release import evidence_table, verdict_table
+
+    head = {"auc": 0.7, "low": 0.69, "high": 0.71, "champion": 0.68, "popularity": 0.6}
+    first = verdict_table({"champion": None, "heads": {"click": head}})
+    later = verdict_table({"champion": 3, "heads": {"click": head}})
+    assert first.splitlines()[0] == "| head | AUC | 95 % interval | popularity | difference |"
+    assert first.splitlines()[2] == "| click | 0.7000 | 0.6900 to 0.7100 | 0.6000 | +0.1000 |"
+    assert later.splitlines()[2] == "| click | 0.7000 | 0.6900 to 0.7100 | 0.6800 | +0.0200 |"
+
+    counts = {
+        "champion": {"impressions": 200, "click": 50, "long_view": 10},
+        "challenger": {"impressions": 0, "click": 0, "long_view": 0},
+    }
+    table = evidence_table({"champion": 1, "challenger": 2}, counts)
+    assert table.splitlines()[2:] == ["| champion | 1 | 200 | 25.00% | 5.00% |", "| challenger | 2 | 0 | – | – |"]
+
+
+@pytest.mark.usefixtures("airflow_home")
+def test_online_counts_are_by_variant_and_release(tmp_path: Path) -> None:
+    from dags.release import online_counts
+    from penstock.feedback import FeedbackLog
+
+    where = {"time_ms": 1_000, "scenario": 0, "device": 0}
+    with FeedbackLog(tmp_path) as log:
+        log.impressions(1, 7, [10, 11], **where, release=1, variant="champion")
+        log.impressions(2, 8, [10], **where, release=2, variant="challenger")
+        log.impressions(3, 8, [10], **where, release=9, variant="challenger")
+        log.outcomes(1, [{"item_id": 11, "click": 1, "long_view": 1}])
+
+    counts = online_counts(tmp_path, {"champion": 1, "challenger": 2})
+
+    assert counts == {
+        "champion": {"impressions": 2, "click": 1, "long_view": 1},
+        "challenger": {"impressions": 1, "click": 0, "long_view": 0},
+    }
