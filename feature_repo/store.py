@@ -195,52 +195,95 @@ def _service(store: FeatureStore, name: str) -> Any:
         ) from error
 
 
+REMEMBERED = 100_000
+"""Items whose values a reader keeps in memory, some 2 kB each."""
+
+
 class Online:
     """Reads the newest values for serving; one for a process, shared by its threads.
 
     Views are looked up once, so that a call does no work in the registry: after `apply` of other definitions, open a
-    new one. Values are what the store holds at the call.
+    new one. Users are read from the store at each call. Items, of which a request asks hundreds, are kept in memory
+    until anyone writes to the store.
+
+    Raises:
+        StoreError: the definitions are not registered.
     """
 
     def __init__(self, home: Path) -> None:
         self._store = open_store(home)
-        self._views: dict[str, list[tuple[View, FeatureView]]] = {}
-        for service in SERVICES:
+        self._views: dict[str, FeatureView] = {}
+        for service, names in SERVICES.items():
             _service(self._store, service)
             with _quiet():
-                self._views[service] = [(view(name), self._store.get_feature_view(name)) for name in SERVICES[service]]
+                self._views |= {name: self._store.get_feature_view(name) for name in names}
         self._provider = self._store._get_provider()
-        self.users([0], next(iter(SERVICES)))  # opens the connection before there are threads
+        self._writes = sqlite3.connect(self._store.config.online_store.path, check_same_thread=False)
+        self._remembered: tuple[int, dict[tuple[str, int], Values]] = (-1, {})
+        self.users([0], next(iter(SERVICES)))  # opens Feast's connection before there are threads
 
     def users(self, ids: Sequence[int], service: str) -> dict[str, np.ndarray | list[Any]]:
         """Feature name → value a user: an int64 or float32 array [len(ids)], or a list of int64 arrays."""
-        return self._read("user", ids, service)
+        columns: dict[str, np.ndarray | list[Any]] = {}
+        for definition in _views(service, "user"):
+            columns |= _columns(definition, self._read(definition, ids))
+        return columns
 
     def items(self, ids: Sequence[int], service: str) -> dict[str, np.ndarray | list[Any]]:
         """Feature name → value an item: an int64 or float32 array [len(ids)], or a list of int64 arrays or strings."""
-        return self._read("item", ids, service)
+        # changes when another connection has committed; asked before reading, so that what is kept is never older
+        (version,) = self._writes.execute("PRAGMA data_version").fetchone()
+        if self._remembered[0] != version or len(self._remembered[1]) > REMEMBERED:
+            self._remembered = (version, {})
+        remembered = self._remembered[1]
+        columns: dict[str, np.ndarray | list[Any]] = {}
+        for definition in _views(service, "item"):
+            known = [remembered.get((definition.name, identity)) for identity in ids]
+            if unknown := [identity for identity, values in zip(ids, known, strict=True) if values is None]:
+                read = dict(zip(unknown, self._read(definition, unknown), strict=True))
+                remembered.update({(definition.name, identity): values for identity, values in read.items()})
+                known = [
+                    read[identity] if values is None else values for identity, values in zip(ids, known, strict=True)
+                ]
+            columns |= _columns(definition, [values for values in known if values is not None])
+        return columns
 
-    def _read(self, entity: str, ids: Sequence[int], service: str) -> dict[str, np.ndarray | list[Any]]:
-        values: dict[str, np.ndarray | list[Any]] = {}
-        for definition, feature_view in self._views[service]:
-            if definition.entity != entity:
-                continue
-            names = [feature.name for feature in definition.features]
-            keys = [_entity_key(definition, identity) for identity in ids]
-            rows = [
-                found or {} for _, found in self._provider.online_read(self._store.config, feature_view, keys, names)
-            ]
-            for feature in definition.features:
-                values[feature.name] = _column([row.get(feature.name) for row in rows], feature.dtype)
-        return values
+    def _read(self, definition: View, ids: Sequence[int]) -> list[Values]:
+        """What the store holds of each entity, defaults where it holds nothing."""
+        names = [feature.name for feature in definition.features]
+        keys = [_entity_key(definition, identity) for identity in ids]
+        rows = self._provider.online_read(self._store.config, self._views[definition.name], keys, names)
+        return [
+            tuple(_value((found or {}).get(feature.name), feature.dtype) for feature in definition.features)
+            for _, found in rows
+        ]
 
 
-def _column(values: list[Value | None], dtype: pl.DataType) -> np.ndarray | list[Any]:
-    """Feast's values as an array or a list, with the default for those that are missing."""
+Values = tuple[Any, ...]
+"""An entity's features of one view, in the view's order."""
+
+
+def _views(service: str, entity: str) -> list[View]:
+    return [found for found in (view(name) for name in SERVICES[service]) if found.entity == entity]
+
+
+def _value(value: Value | None, dtype: pl.DataType) -> Any:
+    if value is None or value.WhichOneof("val") in (None, "null_val"):
+        missing = default(dtype)
+        return np.array(missing, np.int64) if isinstance(missing, list) else missing
     if isinstance(dtype, pl.List):
-        return [np.array(value.int64_list_val.val if value is not None else (), np.int64) for value in values]
+        return np.array(value.int64_list_val.val, np.int64)
     if isinstance(dtype, pl.String):
-        return [value.string_val if value is not None else default(dtype) for value in values]
-    if dtype.is_float():
-        return np.array([value.float_val if value is not None else 0.0 for value in values], np.float32)
-    return np.array([value.int64_val if value is not None else 0 for value in values], np.int64)
+        return value.string_val
+    return value.float_val if dtype.is_float() else value.int64_val
+
+
+def _columns(definition: View, rows: list[Values]) -> dict[str, np.ndarray | list[Any]]:
+    columns: dict[str, np.ndarray | list[Any]] = {}
+    for place, feature in enumerate(definition.features):
+        values = [row[place] for row in rows]
+        if isinstance(feature.dtype, (pl.List, pl.String)):
+            columns[feature.name] = values
+        else:
+            columns[feature.name] = np.array(values, np.float32 if feature.dtype.is_float() else np.int64)
+    return columns
