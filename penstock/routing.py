@@ -53,10 +53,14 @@ class Routing:
         return self.challenger if variant == "challenger" else self.champion
 
     @property
+    def answering(self) -> tuple[int, ...]:
+        """Champion and challenger, those there are."""
+        return tuple(number for number in (self.champion, self.challenger) if number is not None)
+
+    @property
     def releases(self) -> tuple[int, ...]:
-        """Champion, challenger and the newest former champion, those there are: what must stay loaded."""
-        kept = (self.champion, self.challenger, *self.previous[-1:])
-        return tuple(dict.fromkeys(number for number in kept if number is not None))
+        """What must stay loaded: who answers, and the newest former champion, so that a rollback is at once."""
+        return tuple(dict.fromkeys((*self.answering, *self.previous[-1:])))
 
 
 def unit(user: int, salt: str) -> float:

@@ -1,0 +1,136 @@
+"""TF Serving's messages and stubs without TensorFlow itself, and NumPy arrays in and out of tensor messages.
+
+The stubs import `tensorflow.core`, plain protobuf files, but Python would first run TensorFlow's own `__init__`: 15 s
+and 700 MB that a client has no use for. An empty package of the same path stands in for it while they are imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def _bare_tensorflow() -> Iterator[None]:
+    spec = None if "tensorflow" in sys.modules else importlib.util.find_spec("tensorflow")
+    if spec is None:
+        yield
+        return
+    bare = ModuleType("tensorflow")
+    bare.__path__ = list(spec.submodule_search_locations or ())
+    sys.modules["tensorflow"] = bare
+    try:
+        yield
+    finally:  # a later `import tensorflow` must find the real one; its messages are the same classes
+        for name in [name for name in sys.modules if name == "tensorflow" or name.startswith("tensorflow.")]:
+            del sys.modules[name]
+
+
+with _bare_tensorflow():
+    from tensorflow.core.framework import types_pb2
+    from tensorflow.core.framework.tensor_pb2 import TensorProto
+    from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef, TensorInfo
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+    from tensorflow_serving.apis import get_model_metadata_pb2 as metadata_messages
+    from tensorflow_serving.apis import get_model_status_pb2 as status_messages
+    from tensorflow_serving.apis import model_management_pb2 as management_messages
+    from tensorflow_serving.apis import predict_pb2 as predict_messages
+    from tensorflow_serving.apis.model_pb2 import ModelSpec
+    from tensorflow_serving.apis.model_service_pb2_grpc import ModelServiceStub
+    from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
+    from tensorflow_serving.config.model_server_config_pb2 import ModelConfig, ModelServerConfig
+
+__all__ = [
+    "ModelConfig",
+    "ModelServerConfig",
+    "ModelServiceStub",
+    "ModelSpec",
+    "PredictionServiceStub",
+    "SavedModel",
+    "SignatureDef",
+    "TensorInfo",
+    "TensorProto",
+    "dtype_name",
+    "from_tensor",
+    "management_messages",
+    "metadata_messages",
+    "predict_messages",
+    "status_messages",
+    "to_tensor",
+]
+
+SERVING_DEFAULT = "serving_default"
+MAX_ELEMENTS = 1 << 28
+
+NUMPY: dict[int, Any] = {
+    types_pb2.DT_FLOAT: np.dtype(np.float32),
+    types_pb2.DT_DOUBLE: np.dtype(np.float64),
+    types_pb2.DT_INT32: np.dtype(np.int32),
+    types_pb2.DT_INT64: np.dtype(np.int64),
+    types_pb2.DT_UINT8: np.dtype(np.uint8),
+    types_pb2.DT_INT16: np.dtype(np.int16),
+    types_pb2.DT_INT8: np.dtype(np.int8),
+    types_pb2.DT_BOOL: np.dtype(np.bool_),
+    types_pb2.DT_STRING: np.dtype(object),
+}
+_FIELDS = {
+    types_pb2.DT_FLOAT: "float_val",
+    types_pb2.DT_DOUBLE: "double_val",
+    types_pb2.DT_INT64: "int64_val",
+    types_pb2.DT_BOOL: "bool_val",
+    types_pb2.DT_STRING: "string_val",
+}
+_ENUM = {dtype: number for number, dtype in NUMPY.items()}
+
+
+def dtype_name(number: int) -> str:
+    """The name of a TensorFlow dtype, as its own messages write it: float, int64, …"""
+    return str(types_pb2.DataType.Name(number)).removeprefix("DT_").lower()
+
+
+def to_tensor(array: np.ndarray) -> Any:
+    """`array` as a TensorProto, its bytes in tensor_content (strings in string_val)."""
+    if array.dtype.kind in "OSU":
+        strings = [item.encode() if isinstance(item, str) else bytes(item) for item in array.ravel().tolist()]
+        tensor = TensorProto(dtype=types_pb2.DT_STRING, string_val=strings)
+    else:
+        tensor = TensorProto(dtype=_ENUM[array.dtype], tensor_content=array.tobytes())
+    for size in array.shape:
+        tensor.tensor_shape.dim.add(size=size)
+    return tensor
+
+
+def from_tensor(tensor: Any) -> np.ndarray:
+    """A TensorProto as a (read-only) array: from tensor_content, or from the field of its dtype.
+
+    As in TensorFlow, a field with fewer values than the shape has is continued with its last one, or zeros.
+
+    Raises:
+        ValueError: dtype not served, unknown shape, or values that do not fit it.
+    """
+    dtype = NUMPY.get(tensor.dtype)
+    if dtype is None:
+        raise ValueError(f"dtype {dtype_name(tensor.dtype)} is not served")
+    shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
+    size = math.prod(shape)
+    if tensor.tensor_shape.unknown_rank or min(shape, default=0) < 0 or size > MAX_ELEMENTS:
+        raise ValueError(f"shape {list(shape)} is not that of a tensor")
+    if tensor.tensor_content:
+        if len(tensor.tensor_content) != size * dtype.itemsize or dtype.kind == "O":
+            raise ValueError(f"{len(tensor.tensor_content)} bytes do not fit shape {list(shape)}")
+        return np.frombuffer(tensor.tensor_content, dtype).reshape(shape)
+    values = getattr(tensor, _FIELDS.get(tensor.dtype, "int_val"))
+    if len(values) > size:
+        raise ValueError(f"{len(values)} values do not fit shape {list(shape)}")
+    filled = np.zeros(size, dtype) if dtype.kind != "O" else np.full(size, b"", object)
+    filled[: len(values)] = values
+    if values:
+        filled[len(values) :] = values[-1]
+    return filled.reshape(shape)
