@@ -18,15 +18,15 @@ from penstock.training import Settings
 class Config:
     """Parameters of the model and of its fit."""
 
-    dim: int = 8
+    dim: int = 16
     experts: int = 4
     expert_units: tuple[int, ...] = (96, 48)
     tower_units: tuple[int, ...] = (24,)
     activation: str = "relu"
     dropout: float = 0.1
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 512
-    learning_rate: float = 0.001
+    learning_rate: float = 0.002
     patience: int = 1
 
     @property

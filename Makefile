@@ -1,0 +1,61 @@
+# make demo | demo DATA=path/to/KuaiRand-Pure | up | down | test | check
+PYTHON ?= python3
+DATA ?=
+KEEP ?= 1
+
+UV_VERSION := 0.13.9
+UV := build/uv/bin/uv
+BIN := .venv/bin
+READY := .venv/.ready
+
+# uv does not read pip's configuration; a mirror set there holds for it too.
+INDEX = $(or $(UV_DEFAULT_INDEX),$(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null))
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: setup demo up down status test check lock clean
+
+setup: $(READY)
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Penstock needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11."; exit 1; }
+	@$(PYTHON) -m venv build/uv || \
+		{ echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)."; exit 1; }
+	@build/uv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION)
+
+$(READY): requirements.lock | $(UV)
+	@echo "Installing the environment into .venv (once, about 3 GB) ..."
+	@$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) .venv
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python -m local demo --data "$(DATA)" --keep $(KEEP)
+
+up: $(READY)
+	@$(BIN)/python -m local up
+
+down: $(READY)
+	@$(BIN)/python -m local down
+
+status: $(READY)
+	@$(BIN)/python -m local status
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+check: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+# New versions: edit pyproject.toml, then make lock.
+lock: | $(UV)
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --python-version 3.11 --generate-hashes --extra dev \
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv build
