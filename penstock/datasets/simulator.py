@@ -11,8 +11,8 @@ two tastes, between which their interest swings with a period P_u of 20 to 90 da
     z_u(t) = unit(cos θ a_u + sin θ b_u),  θ = π/4 (1 + sin(2π t / P_u + φ_u))              the interest, drifting
     x_uit  = 9 ⟨z_u(t), v_i⟩ + 0.5 cos(2π (hour − h_topic) / 24)                            the affinity
 
-An item shown at a position is examined or not; what is not examined is not acted on (the examination hypothesis:
-Richardson, Dominowska & Ragno, WWW 2007, eq. 1; Joachims, Swaminathan & Schnabel, WSDM 2017, section 5.1):
+An item shown at a position is examined or not; what is not examined is not acted on (the examination hypothesis of
+Richardson, Dominowska & Ragno, WWW 2007; the power of the rank as in Joachims, Swaminathan & Schnabel, WSDM 2017):
 
     examination(p, device) = (1 + p)^−η,  η = 0.15, 0.22, 0.35 on device 1, 2, 3; 0.22 if it is unknown (0)
     relevance(u, i, t)     = σ(c + x + appeal_i + openness_u + 0.5 e^(−age_i / 2 days) + scenario) = P(click | examined)
@@ -26,7 +26,8 @@ Richardson, Dominowska & Ragno, WWW 2007, eq. 1; Joachims, Swaminathan & Schnabe
 set so that the default log has KuaiRand's rates (click .449, long view .316, profile .0189, like .0174).
 
 The log is what a logging policy showed, so it is biased: the policy draws candidates by popularity and freshness and
-orders them by popularity, a noisy guess of the affinity, and noise. Four requests in a hundred arrive up to 6 hours late.
+orders them by popularity, a noisy guess of the affinity, and noise. Four requests in a hundred arrive late, by up to
+6 hours.
 """
 
 from __future__ import annotations
