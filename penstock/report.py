@@ -1,0 +1,639 @@
+"""The page a person approves by: one HTML file with its pictures inside, for a screen, a phone or paper."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from penstock import metrics
+from penstock.events import LABELS
+from penstock.metrics import Array, MetricError
+
+# Okabe and Ito's colours, told apart by colour-blind readers and in print
+CANDIDATE, CHAMPION, POPULARITY, BAD, INK, FAINT = "#0072B2", "#E69F00", "#767676", "#B5420A", "#1d2530", "#d5d9de"
+
+_RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "penstock",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a929c",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: #1d2530; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
+  "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
+h1 { font-size: 1.1rem; font-weight: 600; color: #5a6470; margin: 0 0 .75rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid #d5d9de; }
+p { margin: .5rem 0; max-width: 44rem; }
+.note { color: #5a6470; font-size: .9rem; }
+.verdict { border-left: .4rem solid; padding: .75rem 1rem; font-size: 1.2rem; line-height: 1.4; margin: 0 0 1rem;
+  max-width: none; }
+.approved { border-color: #0072B2; background: #eef5fa; }
+.rejected { border-color: #B5420A; background: #fbf1ec; }
+.figures { display: flex; flex-wrap: wrap; gap: .5rem 2.25rem; margin: 0; }
+.figures dt { color: #5a6470; font-size: .85rem; }
+.figures dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: .75rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid #e6e9ec; }
+th { font-weight: 600; color: #5a6470; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.reason { color: #5a6470; display: block; }
+.pass { color: #0072B2; font-weight: 600; white-space: nowrap; }
+.fail { color: #B5420A; font-weight: 600; white-space: nowrap; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; margin: .75rem 0; }
+figure { margin: 0; }
+figure svg { display: block; width: 100%; height: auto; max-width: 32rem; }
+.wide svg { max-width: 44rem; }
+code { background: #f1f3f5; padding: .1rem .3rem; border-radius: .2rem; font-size: .9em; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  main { padding: 1rem 1rem 3rem; }
+  thead { display: none; }
+  tr { display: block; padding: .5rem 0; border-bottom: 1px solid #d5d9de; }
+  td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; text-align: right;
+    white-space: normal; overflow-wrap: anywhere; }
+  td::before { content: attr(data-label); color: #5a6470; text-align: left; white-space: nowrap; }
+  td:empty { display: none; }
+  td.first { display: block; text-align: left; font-weight: 600; }
+  td.first .reason { font-weight: 400; }
+  td.first::before { content: none; }
+}
+@media print {
+  body { font-size: 11pt; }
+  main { max-width: none; padding: 0; }
+  h2 { break-after: avoid; }
+  tr, figure { break-inside: avoid; }
+  .panels { grid-template-columns: repeat(3, 1fr); }
+  .verdict { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a tracker keeps of a candidate."""
+
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Material:
+    """The artifacts as read."""
+
+    verdict: Mapping[str, Any]
+    weights: Mapping[str, Any]
+    grid: pl.DataFrame
+    test: pl.DataFrame
+    champion: pl.DataFrame | None
+    models: Mapping[str, Mapping[str, Any]]
+    history: Mapping[str, Sequence[Mapping[str, float]]]
+    figures: Mapping[str, Mapping[str, Any]]
+    window: Mapping[str, Any]
+
+
+def write_report(examples: Path, recall: Path, rank: Path, weights: Path, verdict: Path, out: Path) -> Record:
+    """Writes the report on a judged candidate to the file `out`, and returns what to record of it.
+
+    Raises:
+        OSError: an artifact is missing.
+    """
+    material = _read(examples, recall, rank, weights, verdict)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(_RC):
+        out.write_text(_page(material), encoding="utf-8")
+    return Record(
+        params=_parameters(material),
+        metrics=_figures(material),
+        files=(out, verdict / "verdict.json", weights / "weights.json"),
+    )
+
+
+def _read(examples: Path, recall: Path, rank: Path, weights: Path, verdict: Path) -> _Material:
+    def document(path: Path) -> Any:
+        return json.loads(path.read_text())
+
+    folders = {"recall": recall, "rank": rank}
+    scored = verdict / "champion.parquet"
+    return _Material(
+        verdict=document(verdict / "verdict.json"),
+        weights=document(weights / "weights.json"),
+        grid=pl.read_parquet(weights / "grid.parquet"),
+        test=pl.read_parquet(rank / "predictions" / "test.parquet"),
+        champion=pl.read_parquet(scored) if scored.is_file() else None,
+        models={name: document(folder / "config.json") for name, folder in folders.items()},
+        history={name: document(folder / "history.json") for name, folder in folders.items()},
+        figures={name: document(folder / "metrics.json") for name, folder in folders.items()},
+        window=document(examples / "window.json"),
+    )
+
+
+def _parameters(material: _Material) -> dict[str, Any]:
+    found: dict[str, Any] = dict(_flat(material.models))
+    found |= {f"weight.{name}": weight for name, weight in material.weights["weights"].items()}
+    found |= dict(_flat({"window": material.window}))
+    return found | {"champion": material.verdict["champion"]}
+
+
+def _figures(material: _Material) -> dict[str, float]:
+    """Every figure by a flat name; those that are not numbers are left out."""
+    verdict = material.verdict
+    found = {"approved": float(verdict["approved"]), "fused/validation": material.weights["validation"]}
+    parts = {
+        "fused": verdict["fused"],
+        "head": verdict["heads"],
+        "slice": {one["name"].replace(" ", "_"): {"auc": one["auc"]} for one in verdict["slices"]},
+        **material.figures,
+    }
+    for name, part in parts.items():
+        found |= {key.replace(" ", "_"): value for key, value in _flat({name: part}, "/")}
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if isinstance(value, int | float) and np.isfinite(float(value))
+    }
+
+
+def _flat(document: Mapping[str, Any], dot: str = ".", prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, dot, f"{prefix}{name}{dot}")
+        else:
+            yield f"{prefix}{name}", value
+
+
+# The page
+
+
+def _page(material: _Material) -> str:
+    verdict = material.verdict
+    kind = "approved" if verdict["approved"] else "rejected"
+    sections = [
+        ("Checks", _checks(verdict)),
+        ("AUC of each head", _heads(material)),
+        ("ROC and calibration", _curves(material)),
+        ("Output weights", _weights(material)),
+        ("Recall", _recall(material)),
+        ("Slices", _slices(verdict)),
+        ("What changed since the champion", _changes(material)),
+        ("Training", _training(material)),
+        ("Data and parameters", _data(material)),
+        ("How to roll back", _roll_back(verdict)),
+    ]
+    body = "\n".join(f"<section><h2>{_text(title)}</h2>\n{content}</section>" for title, content in sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Penstock: candidate {kind}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<h1>Penstock candidate report</h1>
+<p class="verdict {kind}">{_text(verdict["sentence"])}</p>
+{_summary(material)}
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _summary(material: _Material) -> str:
+    verdict = material.verdict
+    fused = verdict["fused"]
+    passed = sum(check["passed"] for check in verdict["checks"])
+    facts = [("Checks passed", f"{passed} of {len(verdict['checks'])}")]
+    if fused:
+        facts.append(("Fused AUC, candidate", _number(fused["candidate"]["value"])))
+        facts += [
+            (f"Fused AUC, {_whose(name, verdict)}", _number(one["value"]))
+            for name, one in fused.items()
+            if name != "candidate"
+        ]
+    facts.append(("Test rows", f"{verdict['rows']:,}"))
+    facts.append(("Users", f"{verdict['users']:,}"))
+    entries = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
+    return f'<dl class="figures">{entries}</dl>'
+
+
+def _whose(name: str, verdict: Mapping[str, Any]) -> str:
+    return f"champion {verdict['champion']}" if name == "champion" else name
+
+
+def _checks(verdict: Mapping[str, Any]) -> str:
+    rows = []
+    for check in sorted(verdict["checks"], key=lambda check: bool(check["passed"])):
+        mark = '<span class="pass">✓ pass</span>' if check["passed"] else '<span class="fail">✗ fail</span>'
+        name = f'{_text(check["name"])}<span class="reason">{_text(check["reason"])}</span>'
+        rows.append(
+            [name, mark, _number(check["value"]), _interval(check["low"], check["high"]), _number(check["bound"])]
+        )
+    note = "Failed checks come first. An interval must lie above its bound; a count or a share must reach it."
+    return _table(["Check", "", "Value", "Interval", "Bound"], rows, raw=2) + _note(note)
+
+
+def _heads(material: _Material) -> str:
+    verdict = material.verdict
+    if not verdict["heads"]:
+        return _note("Not computed: the candidate was rejected before any figure could mean something.")
+    rows = []
+    for label, head in verdict["heads"].items():
+        against = "" if head["difference"] is None else f"{head['difference']:+.4f}"
+        rows.append(
+            [
+                f"{label} head",
+                _number(head["auc"]),
+                _interval(head["low"], head["high"]),
+                _number(head["champion"]),
+                against,
+                _interval(head["difference_low"], head["difference_high"], "+.4f"),
+                _number(head["popularity"]),
+            ]
+        )
+    fused = verdict["fused"]
+    names = ["AUC of", "Candidate", "Interval", "Champion", "Difference", "Interval of it", "Popularity"]
+    by_label = [
+        [f"fused score on {label}", *(_number(one[label]) for one in fused.values())] for label in (*LABELS,)
+    ] + [["mean", *(_number(one["value"]) for one in fused.values())]]
+    note = (
+        f"Intervals hold {verdict['policy']['confidence']:.0%}: DeLong's for one AUC; for differences a bootstrap of "
+        f"whole users ({verdict['policy']['replicates']} draws)."
+    )
+    return (
+        _figure(_forest(verdict), "AUC of each head with its interval", wide=True)
+        + _table(names, rows)
+        + _table(["AUC of", *(_whose(name, verdict).capitalize() for name in fused)], by_label)
+        + _note(note)
+    )
+
+
+def _forest(verdict: Mapping[str, Any]) -> Figure:
+    """AUC per head and of the fused score: the interval as a line, champion and popularity as marks."""
+    entries = [
+        (f"{label} head", head["auc"], head["low"], head["high"], head["champion"], head["popularity"])
+        for label, head in verdict["heads"].items()
+    ]
+    fused = verdict["fused"]
+    own = fused["candidate"]
+    champion = fused.get("champion", {}).get("value")
+    entries.append(("fused, mean", own["value"], own["low"], own["high"], champion, fused["popularity"]["value"]))
+    figure = Figure(figsize=(6.2, 2.5), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, value, low, high, theirs, popularity) in enumerate(reversed(entries)):
+        axes.plot([low, high], [place, place], color=CANDIDATE, linewidth=2.5, solid_capstyle="butt")
+        axes.plot(value, place, "o", color=CANDIDATE, markersize=6, label="candidate" if place == 0 else None)
+        if theirs is not None:
+            axes.plot(
+                theirs,
+                place,
+                "D",
+                color=CHAMPION,
+                markersize=6,
+                markeredgecolor=INK,
+                markeredgewidth=0.5,
+                label="champion" if place == 0 else None,
+            )
+        axes.plot(
+            popularity,
+            place,
+            "|",
+            color=POPULARITY,
+            markersize=13,
+            markeredgewidth=2.5,
+            label="popularity" if place == 0 else None,
+        )
+    axes.axvline(0.5, color=FAINT, zorder=0)
+    axes.set_yticks(range(len(entries)), [name for name, *_ in reversed(entries)])
+    axes.set_ylim(-0.6, len(entries) - 0.4)
+    axes.set_xlabel("AUC (0.5 is chance)")
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
+def _curves(material: _Material) -> str:
+    panels = []
+    for draw in (_roc, _calibration):
+        for label in LABELS:
+            try:
+                panels.append(_figure(draw(material, label), f"{draw.__name__.strip('_')} of {label}"))
+            except MetricError as error:
+                panels.append(_note(f"{label}: {error}"))
+    note = (
+        "ROC: share of positives found against share of negatives let through, each head on its own label. "
+        "Calibration: rows in bins of equal count; on the diagonal, what is predicted happens."
+    )
+    return f'<div class="panels">{"".join(panels)}</div>' + _note(note)
+
+
+def _scorers(material: _Material, label: str) -> list[tuple[str, str, str, Array]]:
+    """(name, colour, line, scores) of those that are compared on a head's label."""
+    found = [("candidate", CANDIDATE, "-", material.test[f"p_{label}"].cast(pl.Float64).to_numpy())]
+    if material.champion is not None:
+        found.append(("champion", CHAMPION, "--", material.champion[f"p_{label}"].to_numpy()))
+    return found
+
+
+def _square(figure: Figure, title: str) -> Axes:
+    axes: Axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_aspect("equal")
+    return axes
+
+
+def _roc(material: _Material, label: str) -> Figure:
+    labels = material.test[label].to_numpy()
+    figure = Figure(figsize=(3.3, 3.5), layout="constrained")
+    axes = _square(figure, f"{label}: ROC")
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
+    popularity = ("popularity", POPULARITY, ":", material.test["popularity"].to_numpy())
+    for name, colour, line, scores in [*_scorers(material, label), popularity]:
+        curve = metrics.roc(labels, scores)
+        keep = np.unique(np.linspace(0, curve.true_positive_rate.size - 1, 200).astype(int))
+        area = metrics.auc(labels, scores)
+        axes.plot(
+            curve.false_positive_rate[keep],
+            curve.true_positive_rate[keep],
+            line,
+            color=colour,
+            label=f"{name} {area:.3f}",
+        )
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="false positive rate", ylabel="true positive rate")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _calibration(material: _Material, label: str) -> Figure:
+    labels = material.test[label].to_numpy()
+    figure = Figure(figsize=(3.3, 3.5), layout="constrained")
+    axes = _square(figure, f"{label}: calibration")
+    top = 0.0
+    for name, colour, line, scores in _scorers(material, label):
+        curve = metrics.calibration(labels, scores)
+        top = max(top, float(curve.probability.max()), float(curve.share.max()))
+        axes.plot(
+            curve.probability,
+            curve.share,
+            line,
+            marker="o",
+            markersize=3.5,
+            color=colour,
+            label=f"{name}, error {curve.error:.3f}",
+        )
+    top = min(1.0, 1.08 * top) if top else 1.0
+    axes.plot([0, top], [0, top], color=FAINT, linewidth=1, zorder=0)
+    axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted probability", ylabel="share that happened")
+    axes.locator_params(nbins=5)
+    axes.legend(loc="upper left")
+    return figure
+
+
+def _weights(material: _Material) -> str:
+    found = material.weights
+    test = material.verdict["fused"].get("candidate", {}).get("value")
+    optimism = "" if test is None else f"{found['validation'] - test:+.4f}"
+    columns = [*(f"Weight of {name}" for name in found["weights"]), "Validation", "Test", "Optimism"]
+    row = [
+        *(f"{weight:.1f}" for weight in found["weights"].values()),
+        _number(found["validation"]),
+        _number(test),
+        optimism,
+    ]
+    note = (
+        f"Chosen on the validation slice alone, by {found['objective']}, out of {material.grid.height:,} points; the "
+        "test column is the same figure on rows the search has not seen. In the picture each point is one mix: the "
+        "nearer a corner, the more weight that head has."
+    )
+    return _figure(_simplex(material), "Objective over the weight grid") + _table(columns, [row]) + _note(note)
+
+
+def _simplex(material: _Material) -> Figure:
+    """The objective over the mixes of three heads, as points of a triangle; the best is ringed."""
+    names = list(material.weights["weights"])
+    grid = material.grid.sort("objective")
+    points = grid.select(names).to_numpy()
+    shares = points / points.sum(axis=1, keepdims=True)
+    corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]])
+    places = shares @ corners
+    best = np.array([material.weights["weights"][name] for name in names])
+    figure = Figure(figsize=(4.4, 3.7), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*corners[[0, 1, 2, 0]].T, color=FAINT, linewidth=1, zorder=0)
+    drawn = axes.scatter(places[:, 0], places[:, 1], c=grid["objective"], cmap="cividis", s=16, linewidths=0)
+    axes.plot(
+        *(best / best.sum() @ corners),
+        "o",
+        markersize=13,
+        markerfacecolor="none",
+        markeredgecolor=BAD,
+        markeredgewidth=2,
+    )
+    axes.annotate("chosen", best / best.sum() @ corners, xytext=(10, 9), textcoords="offset points", color=BAD)
+    for (x, y), name, below in zip(corners, names, (True, True, False), strict=True):
+        axes.text(x, y - 0.05 if below else y + 0.03, f"{name} only", ha="center", va="top" if below else "bottom")
+    axes.set(xlim=(-0.12, 1.12), ylim=(-0.12, 0.95))
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+    figure.colorbar(drawn, ax=axes, shrink=0.75, label=str(material.weights["objective"]))
+    return figure
+
+
+def _recall(material: _Material) -> str:
+    figures = material.figures["recall"]
+    popular = figures.get("popularity", {})
+    rows = [
+        [
+            f"{name}, {part}",
+            _number(value),
+            _number(popular.get(part, {}).get(name)),
+            _ratio(value, popular.get(part, {}).get(name)),
+        ]
+        for part in ("validation", "test")
+        for name, value in figures[part].items()
+    ]
+    note = (
+        "Over the whole catalogue, for users with at least one long view in the slice: the share of their items found."
+    )
+    return _table(["Figure", "Recall model", "Popularity", "Times"], rows) + _note(note)
+
+
+def _ratio(value: float, other: float | None) -> str:
+    return f"{value / other:.2f} ×" if other else ""
+
+
+def _slices(verdict: Mapping[str, Any]) -> str:
+    if not verdict["slices"]:
+        return _note("Not computed.")
+    rows = [
+        [
+            one["name"],
+            f"{one['rows']:,}",
+            _number(one["auc"]) or "too few",
+            _interval(one["low"], one["high"]),
+            _number(one["champion"]),
+            "" if one["difference"] is None else f"{one['difference']:+.4f}",
+            _interval(one["difference_low"], one["difference_high"], "+.4f"),
+            ", ".join(one["labels"]) if len(one["labels"]) < len(LABELS) else "all",
+        ]
+        for one in verdict["slices"]
+    ]
+    names = ["Slice", "Rows", "Candidate", "Interval", "Champion", "Difference", "Interval of it", "Labels"]
+    note = "The mean AUC of the fused score over the labels with enough cases in the slice. New: not in the training slice."
+    return _table(names, rows) + _note(note)
+
+
+def _changes(material: _Material) -> str:
+    before = material.verdict.get("champion_manifest")
+    if not before:
+        return "<p>There is no champion: this would be the first release.</p>"
+    old = dict(_flat({name: before.get(name, {}) for name in ("recall", "rank")}))
+    old |= dict(_flat({"weight": before.get("weights", {}), "window": before.get("data_window") or {}}))
+    new = dict(_flat(material.models))
+    new |= dict(_flat({"weight": material.weights["weights"], "window": material.window}))
+    rows = [
+        [name, _value(old.get(name)), _value(new.get(name))]
+        for name in [*new, *(name for name in old if name not in new)]
+        if old.get(name) != new.get(name)
+    ]
+    changed = "<p>Nothing: parameters, weights and data window are those of the champion.</p>"
+    if rows:
+        changed = _table(["Parameter", f"Champion {before['release']}", "Candidate"], rows)
+    then = dict(_flat(before.get("metrics", {}).get("recall", {}), prefix="recall "))
+    now = dict(_flat(material.figures["recall"]["test"], prefix="recall "))
+    figures = [[name, _number(then[name]), _number(now[name])] for name in now if name in then]
+    measured = ""
+    if figures:
+        note = "Each on the test slice of its own time, so not the same rows; the AUCs above are on the same rows."
+        measured = _table(["Figure", f"Champion {before['release']}", "Candidate"], figures) + _note(note)
+    when, by = before.get("created_at", "at an unknown time"), before.get("approved_by", "nobody named")
+    who = f"<p>Champion {before['release']} was released {_text(when)}, approved by {_text(by)}.</p>"
+    return who + changed + measured
+
+
+def _training(material: _Material) -> str:
+    panels = []
+    for name, history in material.history.items():
+        if not history:
+            continue
+        figure = Figure(figsize=(4, 2.7), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(f"{name}: {material.models[name]['model']}")
+        epochs = [row["epoch"] for row in history]
+        for key, words, line in (("loss", "training", "-"), ("val_loss", "validation", "--")):
+            if all(key in row for row in history):
+                axes.plot(
+                    epochs,
+                    [row[key] for row in history],
+                    line,
+                    marker="o",
+                    markersize=3.5,
+                    color=CANDIDATE,
+                    label=words,
+                )
+        axes.set(xlabel="epoch", ylabel="loss")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+        panels.append(_figure(figure, f"Loss of the {name} model by epoch"))
+    return f'<div class="panels">{"".join(panels)}</div>'
+
+
+def _data(material: _Material) -> str:
+    window = [[name.replace("_", " "), _value(value)] for name, value in _flat(material.window)]
+    parameters = [[name, _value(value)] for name, value in _flat(material.models)]
+    policy = [[name.replace("_", " "), _value(value)] for name, value in material.verdict["policy"].items()]
+    return (
+        _table(["Data window", "Value"], window)
+        + _table(["Parameter", "Value"], parameters)
+        + _table(["Policy of the gate", "Value"], policy)
+    )
+
+
+def _roll_back(verdict: Mapping[str, Any]) -> str:
+    if verdict["champion"] is None:
+        return "<p>There is no release before this one to go back to. Later releases can be rolled back to it.</p>"
+    return (
+        "<p>After a promotion, <code>airflow dags trigger rollback</code> brings release "
+        f"{verdict['champion']} back: recall model, item index, rank model and weights at once. "
+        "Nothing is retrained; the release is still on disk.</p>"
+    )
+
+
+# Pieces
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{_text(text)}</p>'
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _interval(low: float | None, high: float | None, form: str = ".4f") -> str:
+    return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], raw: int = 0) -> str:
+    """A table; the first `raw` columns are HTML already. Columns of figures are set to the right."""
+    figures = [
+        column > 0 and all(not row[column] or row[column][0] in "0123456789+-" for row in rows)
+        for column in range(len(names))
+    ]
+    classes = ["first", *("number" if figures[column] else "" for column in range(1, len(names)))]
+    head = "".join(f'<th class="{kind}">{_text(name)}</th>' for name, kind in zip(names, classes, strict=True))
+    lines = []
+    for row in rows:
+        cells = [
+            f'<td class="{classes[at]}" data-label="{_text(names[at])}">{cell if at < raw else _text(cell)}</td>'
+            for at, cell in enumerate(row)
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _figure(figure: Figure, says: str, *, wide: bool = False) -> str:
+    """A picture as SVG within the page; `says` is its text for those who do not see it."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{_text(says)}"', 1)
+    return f"<figure{' class=' + chr(34) + 'wide' + chr(34) if wide else ''}>{svg}</figure>"
