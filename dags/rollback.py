@@ -28,7 +28,6 @@ from dags.stages import follow_routing, home
 def rollback() -> None:
     @task(retries=0, doc_md="Routes everybody to the former release.")
     def back() -> int | None:
-        from penstock.routing import RoutingError
         from serving import rollout
 
         context: Any = get_current_context()
@@ -36,7 +35,7 @@ def rollback() -> None:
         reason = context["params"]["reason"] or f"rollback in run {context['run_id']}"
         try:
             return rollout.rollback(home(), by=by, reason=reason).champion
-        except RoutingError as error:
+        except rollout.RolloutError as error:
             raise AirflowFailException(str(error)) from None
 
     @task(retries=1, retry_delay=timedelta(seconds=5), doc_md="MLflow's aliases follow what is live.")
