@@ -187,7 +187,7 @@ class ModelServer:
 
     def __init__(self, home: Path, grpc_port: int, rest_port: int, host: str = "127.0.0.1") -> None:
         self.servables = Servables()
-        self._initial = [Model(name, base_path(home, name)) for name in MODELS]
+        self.models = [Model(name, base_path(home, name)) for name in MODELS]
         self._stopped = threading.Event()
         self._grpc = grpc.server(ThreadPoolExecutor(THREADS), options=[("grpc.so_reuseport", 0), *MESSAGE_OPTIONS])
         self._grpc.add_generic_rpc_handlers(_handlers(self.servables))
@@ -207,7 +207,7 @@ class ModelServer:
 
     def start(self) -> None:
         """Loads what is there, then answers."""
-        for message in self.servables.follow(self._initial):
+        for message in self.servables.follow(self.models):
             print(f"model server: {message}", file=sys.stderr, flush=True)
         self._grpc.start()
         for thread in self._threads:

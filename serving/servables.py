@@ -100,9 +100,14 @@ class Servable:
             code = next(
                 (code for code in grpc.StatusCode if code.value[0] == error.error_code), grpc.StatusCode.UNKNOWN
             )
-            raise RequestError(code, str(error.message).splitlines()[0]) from error
+            raise RequestError(code, _reason(str(error.message))) from error
         except (TypeError, ValueError) as error:
             raise _invalid(str(error).splitlines()[0]) from error
+
+
+def _reason(message: str) -> str:
+    """What a graph complains of, without where: its line is the one before the first node."""
+    return message.split("\n\t [[")[0].splitlines()[-1]
 
 
 def _check_names(signature: Any, sent: set[str]) -> None:

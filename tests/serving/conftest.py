@@ -1,0 +1,230 @@
+"""A real home: a small feature store, releases of tiny SavedModels, the model server and the gateway."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import numpy as np
+import polars as pl
+import pytest
+import tensorflow as tf
+import uvicorn
+from fastapi import FastAPI
+
+from feature_repo.store import apply, materialise, write_tables
+from penstock import release, routing
+from penstock.features import VIEWS, default
+from penstock.release import Candidate
+from penstock.routing import Routing
+from serving.gateway import create_app
+from serving.model_client import ModelClient
+from serving.model_server import ModelServer
+from serving.settings import Settings
+
+ITEMS = 40
+CATALOGUE = 1000
+"""Release N recommends items N*1000 … N*1000+39 and its rank model knows them by that: a mixed release shows."""
+
+SNAPSHOT = datetime(2024, 5, 1, tzinfo=UTC)
+UPLOADED_MS = int(SNAPSHOT.timestamp() * 1000)
+KNOWN_USER = 7
+HISTORY = [1000, 1003, 2001]
+
+
+class Recall(tf.Module):
+    """Items N*1000, N*1000+1, … in that order, without the excluded."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.ids = tf.constant(np.arange(ITEMS) + number * CATALOGUE, tf.int64)
+
+    @tf.function(
+        input_signature=[
+            {
+                "history_items": tf.TensorSpec([None, None], tf.int64, "history_items"),
+                "register_days": tf.TensorSpec([None], tf.float32, "register_days"),
+                "hour": tf.TensorSpec([None], tf.int64, "hour"),
+                "k": tf.TensorSpec([], tf.int32, "k"),
+                "exclude": tf.TensorSpec([None, None], tf.int64, "exclude"),
+            }
+        ]
+    )
+    def recommend(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        excluded = tf.reduce_any(self.ids[None, :, None] == raw["exclude"][:, None, :], axis=-1)
+        scores = tf.where(excluded, -np.inf, tf.range(ITEMS, 0, -1, tf.float32)[None, :])
+        scores += 0 * raw["register_days"][:, None]
+        scores, places = tf.math.top_k(scores, tf.minimum(raw["k"], ITEMS))
+        ids = tf.where(tf.math.is_finite(scores), tf.gather(self.ids, places), -1)
+        missing = [[0, 0], [0, raw["k"] - tf.shape(ids)[1]]]
+        return {"ids": tf.pad(ids, missing, constant_values=-1), "scores": tf.pad(scores, missing)}
+
+
+class Rank(tf.Module):
+    """click: 1 for items of the same release, else 0. long_view: the item's click rate. like: its age in days."""
+
+    def __init__(self, number: int, broken: bool) -> None:
+        super().__init__()
+        self.number = number
+        self.broken = broken
+
+    @tf.function(
+        input_signature=[
+            {
+                "item_id": tf.TensorSpec([None], tf.int64, "item_id"),
+                "user_id": tf.TensorSpec([None], tf.int64, "user_id"),
+                "history_items": tf.TensorSpec([None, None], tf.int64, "history_items"),
+                "tags": tf.TensorSpec([None, None], tf.int64, "tags"),
+                "scenario": tf.TensorSpec([None], tf.int64, "scenario"),
+                "item_click_rate": tf.TensorSpec([None], tf.float32, "item_click_rate"),
+                "item_age_hours": tf.TensorSpec([None], tf.float32, "item_age_hours"),
+            }
+        ]
+    )
+    def predict(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        same = tf.cast(raw["item_id"] // CATALOGUE == self.number, tf.float32)
+        return {
+            "click": same * (np.nan if self.broken else 1.0),
+            "long_view": raw["item_click_rate"],
+            "like": raw["item_age_hours"] / 24,
+        }
+
+
+def save(module: tf.Module, name: str, path: Path) -> None:
+    signature = getattr(module, name)
+    tf.saved_model.save(module, str(path), signatures={"serving_default": signature, name: signature})
+
+
+def build(home: Path, folder: Path, *, broken: bool = False) -> int:
+    """Makes the next release of `home`: tiny models that know their number."""
+    number = max(release.releases(home), default=0) + 1
+    save(Recall(number), "recommend", folder / "recall" / "saved_model")
+    save(Rank(number, broken), "predict", folder / "rank" / "saved_model")
+    files = {
+        "recall/items.parquet": "vectors",
+        "recall/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
+        "recall/metrics.json": '{"validation": {}, "test": {}}',
+        "rank/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
+        "rank/metrics.json": '{"validation": {}, "test": {}}',
+        "weights/weights.json": '{"fusion": "weighted_sum", "weights": {"click": 1.0, "long_view": 0.5, "like": 0.0}}',
+        "verdict/verdict.json": '{"approved": true, "sentence": "better", "champion": null, "heads": {}}',
+        "report.html": "<p>report</p>",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for part in ("validation", "test"):
+        path = folder / "rank" / "predictions" / f"{part}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pl.DataFrame({"event_time": [SNAPSHOT]}).write_parquet(path)
+    made = Candidate(folder / "recall", folder / "rank", folder / "weights", folder / "verdict", folder / "report.html")
+    built = release.build(home, made, approved_by="a person", run_id=f"run {number}", git_revision="abc")
+    assert built == number
+    return number
+
+
+def click_rate(item: int) -> float:
+    """A different rate for each item, in no order of theirs."""
+    return float(np.float32(item * 37 % 101 / 101))
+
+
+def fill_store(home: Path) -> None:
+    """One known user, and the items of releases 1 to 3."""
+    items = [number * CATALOGUE + place for number in (1, 2, 3) for place in range(ITEMS)]
+    tables = {}
+    for view in VIEWS:
+        keys = [KNOWN_USER] if view.entity == "user" else items
+        rows = []
+        for key in keys:
+            row = {name: default(dtype) for name, dtype in view.schema.items()}
+            row |= {view.key: key, "event_timestamp": SNAPSHOT, "created_timestamp": SNAPSHOT}
+            known = {
+                "history_items": HISTORY,
+                "register_days": 30,
+                "item_click_rate": click_rate(key),
+                "tags": list(range(key % 3)),
+                "upload_time_ms": UPLOADED_MS,
+            }
+            rows.append(row | {name: value for name, value in known.items() if name in row})
+        tables[view.name] = pl.DataFrame(rows, schema=view.schema)
+    write_tables(home, tables)
+    apply(home)
+    materialise(home, datetime(2024, 5, 2, tzinfo=UTC))
+
+
+@dataclass(frozen=True)
+class System:
+    """What runs: releases 1 and 2 are good, the rank model of 3 gives NaN."""
+
+    home: Path
+    address: str
+    rest: str
+    server: ModelServer
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(home=self.home, model_server=self.address)
+
+    def put(self, document: Routing) -> None:
+        """Makes `document` what is obeyed, and loads what it names."""
+        for number in document.releases:
+            release.link(self.home, number)
+        with ModelClient(self.address) as client:
+            base_paths = {model: release.base_path(self.home, model) for model in release.MODELS}
+            client.load(base_paths, document.releases)
+        release.unlink_all_but(self.home, document.releases)
+        routing.write(self.home / "routing.json", document)
+
+
+@pytest.fixture(scope="session")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    home = tmp_path_factory.mktemp("home")
+    fill_store(home)
+    for number in (1, 2, 3):
+        build(home, tmp_path_factory.mktemp(f"candidate{number}"), broken=number == 3)
+    server = ModelServer(home, 0, 0)
+    server.start()
+    yield System(home, f"127.0.0.1:{server.grpc_port}", f"http://127.0.0.1:{server.rest_port}", server)
+    server.stop()
+
+
+@pytest.fixture
+def system(started: System, monkeypatch: pytest.MonkeyPatch) -> System:
+    """The system with release 1 live and nothing else."""
+    monkeypatch.setenv("PENSTOCK_MODEL_SERVER", started.address)
+    started.put(Routing(champion=1))
+    return started
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[httpx.Client]:
+    """A client of `app`, served on a free port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()  # requests wait from here on
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def gateway(system: System) -> Iterator[httpx.Client]:
+    with serving(create_app(system.settings)) as client:
+        yield client
+
+
+def lines(home: Path) -> list[str]:
+    """What the gateway's log holds."""
+    return [line for path in sorted((home / "feedback").glob("*.jsonl")) for line in path.read_text().splitlines()]

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from penstock import release, routing
+from penstock.feedback import FeedbackError, read_feedback
+from penstock.routing import Routing
+from serving import rollout
+from serving.gateway import create_app
+from tests.serving.conftest import (
+    CATALOGUE,
+    HISTORY,
+    ITEMS,
+    KNOWN_USER,
+    UPLOADED_MS,
+    System,
+    click_rate,
+    lines,
+    serving,
+)
+
+HOUR_MS = 3_600_000
+
+
+def ask(gateway: httpx.Client, user: int = KNOWN_USER, **body: Any) -> dict[str, Any]:
+    response = gateway.post("/recommend", json={"user_id": user, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_a_slate_is_ranked_by_the_features_of_its_items(gateway: httpx.Client) -> None:
+    context = {"scenario": 1, "device": 2, "time_ms": UPLOADED_MS + 36 * HOUR_MS}
+    answer = ask(gateway, k=5, context=context, preview=True)
+    candidates = {CATALOGUE + place for place in range(ITEMS)} - set(HISTORY)
+    best = sorted(candidates, key=click_rate, reverse=True)[:5]
+    assert [item["item_id"] for item in answer["items"]] == best
+    assert [item["position"] for item in answer["items"]] == [0, 1, 2, 3, 4]
+    first = answer["items"][0]
+    assert first["heads"] == pytest.approx({"click": 1.0, "long_view": click_rate(best[0]), "like": 1.5})
+    assert first["score"] == pytest.approx(1 + 0.5 * click_rate(best[0]))
+    assert (answer["release"], answer["variant"], answer["cold_start"], answer["user_id"]) == (1, "champion", False, 7)
+
+
+def test_all_that_is_left_is_what_a_large_k_gets(gateway: httpx.Client) -> None:
+    assert len(ask(gateway, k=100, preview=True)["items"]) == ITEMS - 2
+
+
+def test_an_unknown_user_gets_a_cold_start(gateway: httpx.Client) -> None:
+    answer = ask(gateway, user=2**62, k=100, preview=True)
+    assert answer["cold_start"]
+    assert len(answer["items"]) == ITEMS
+
+
+def test_impressions_and_feedback_become_rows_of_the_log(system: System, gateway: httpx.Client) -> None:
+    time_ms = UPLOADED_MS + HOUR_MS
+    answer = ask(gateway, k=3, context={"scenario": 4, "device": 5, "time_ms": time_ms})
+    second = answer["items"][1]["item_id"]
+    body = {"request_id": answer["request_id"], "events": [{"item_id": second, "click": 1, "watch_time_ms": 900}]}
+    assert gateway.post("/feedback", json=body).json() == {"accepted": 1}
+    rows = read_feedback(system.home / "feedback").filter(request_id=answer["request_id"])
+    assert rows["item_id"].to_list() == [item["item_id"] for item in answer["items"]]
+    assert rows["position"].to_list() == [0, 1, 2]
+    assert rows["click"].to_list() == [0, 1, 0]
+    assert rows["watch_time_ms"].to_list() == [0, 900, 0]
+    assert rows["event_time"].dt.epoch("ms").to_list() == [time_ms] * 3
+    assert rows.select("user_id", "scenario", "device", "release", "variant").row(0) == (7, 4, 5, 1, "champion")
+
+
+def test_a_preview_is_no_impression(system: System, gateway: httpx.Client) -> None:
+    before = lines(system.home)
+    ask(gateway, preview=True)
+    assert lines(system.home) == before
+
+
+def test_users_are_split_as_the_document_says(system: System, gateway: httpx.Client) -> None:
+    document = routing.canary(Routing(champion=1), 2, 0.5)
+    system.put(document)
+    for user in range(30):
+        answer = ask(gateway, user=user, k=2, preview=True)
+        assert answer["variant"] == routing.variant(document, user)
+        assert answer["release"] == document.release(answer["variant"])
+        assert {item["item_id"] // CATALOGUE for item in answer["items"]} == {answer["release"]}
+    assert gateway.get("/ready").json() == {"champion": 1, "challenger": 2, "share": 0.5}
+
+
+def test_releases_swap_under_requests_without_a_failure_or_a_mixed_answer(
+    system: System, gateway: httpx.Client
+) -> None:
+    swapping = threading.Event()
+    swapping.set()
+    answers: list[tuple[int, set[int], set[float]]] = []
+    failures: list[str] = []
+
+    def keep_asking() -> None:
+        while swapping.is_set():
+            response = gateway.post("/recommend", json={"user_id": 7, "k": 5, "preview": True})
+            if response.status_code != 200:
+                failures.append(response.text)
+                return
+            items = response.json()["items"]
+            answers.append(
+                (
+                    response.json()["release"],
+                    {item["item_id"] // CATALOGUE for item in items},
+                    {item["heads"]["click"] for item in items},
+                )
+            )
+
+    clients = [threading.Thread(target=keep_asking) for _ in range(2)]
+    for client in clients:
+        client.start()
+    try:
+        for swap in range(10):
+            rollout.promote(system.home, 2 - swap % 2, by="test", reason="swap")
+    finally:
+        swapping.clear()
+        for client in clients:
+            client.join()
+    assert failures == []
+    assert {number for number, _, _ in answers} == {1, 2}
+    # rank says click = 1 only of items of its own release
+    assert all(catalogues == {number} and clicks == {1.0} for number, catalogues, clicks in answers)
+
+
+@pytest.mark.parametrize("body", ["", "{", '{"user_id": 1,}', "\x00"])
+def test_malformed_json_is_a_400(gateway: httpx.Client, body: str) -> None:
+    for path in ("/recommend", "/feedback"):
+        response = gateway.post(path, content=body, headers={"content-type": "application/json"})
+        assert response.status_code == (422 if body == "" else 400), response.text
+        assert response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "bound"),
+    [
+        ({"user_id": 1, "k": 0}, "k", {"ge": 1}),
+        ({"user_id": 1, "k": 101}, "k", {"le": 100}),
+        ({"user_id": 1, "k": "ten"}, "k", None),
+        ({"user_id": 1, "k": True}, "k", None),
+        ({"user_id": -1}, "user_id", {"ge": 0}),
+        ({"user_id": 2**63}, "user_id", {"le": 2**63 - 1}),
+        ({"user_id": 1, "context": {"scenario": 1001}}, "context.scenario", {"le": 1000}),
+        ({"user_id": 1, "context": {"time_ms": -1}}, "context.time_ms", {"ge": 0}),
+        ({"user_id": 1, "K": 3}, "K", None),
+        ({}, "user_id", None),
+        ([], "body", None),
+    ],
+)
+def test_a_value_out_of_range_is_named(gateway: httpx.Client, body: Any, field: str, bound: Any) -> None:
+    response = gateway.post("/recommend", json=body)
+    assert response.status_code == 422
+    failure = response.json()
+    assert failure["field"] == field
+    assert failure.get("bound") == bound
+    assert failure["error"].startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"request_id": 2**53, "events": []}, "request_id"),
+        ({"request_id": 1, "events": [{"item_id": 1, "click": 2}]}, "events.0.click"),
+        ({"request_id": 1, "events": [{"item_id": 1, "watch_time_ms": -5}]}, "events.0.watch_time_ms"),
+        ({"request_id": 1, "events": [{"click": 1}]}, "events.0.item_id"),
+        ({"request_id": 1, "events": [{"item_id": 1}] * 1001}, "events"),
+    ],
+)
+def test_feedback_out_of_range_is_refused(gateway: httpx.Client, body: Any, field: str) -> None:
+    response = gateway.post("/feedback", json=body)
+    assert (response.status_code, response.json()["field"]) == (422, field)
+
+
+def failed(gateway: httpx.Client) -> dict[str, str]:
+    """The body of a 503 that both a request and the readiness probe get."""
+    response = gateway.post("/recommend", json={"user_id": 7})
+    assert response.status_code == 503, response.text
+    assert gateway.get("/ready").status_code == 503
+    assert gateway.get("/health").status_code == 200
+    return response.json()
+
+
+def test_without_a_release_it_says_so(system: System, gateway: httpx.Client) -> None:
+    (system.home / "routing.json").unlink()
+    failure = failed(gateway)
+    assert failure == {"error": "no release is live", "remedy": "train a candidate and approve its release"}
+
+
+def test_without_a_model_server_it_says_so(system: System) -> None:
+    settings = replace(system.settings, model_server="127.0.0.1:1")
+    with serving(create_app(settings)) as gateway:
+        failure = failed(gateway)
+    assert "recall version 1 at 127.0.0.1:1: the model server does not answer" in failure["error"]
+    assert "start the model server at 127.0.0.1:1" in failure["remedy"]
+
+
+def test_a_release_that_is_not_loaded_is_named(system: System, gateway: httpx.Client) -> None:
+    routing.write(system.home / "routing.json", Routing(champion=2))
+    failure = failed(gateway)
+    assert "Servable not found for request: Specific(recall, 2)" in failure["error"]
+    assert failure["remedy"].endswith("load 2")
+
+
+def test_a_release_that_is_not_there_is_named(system: System, gateway: httpx.Client) -> None:
+    routing.write(system.home / "routing.json", Routing(champion=9))
+    assert failed(gateway)["error"] == "there is no release 9; there are: 1, 2, 3"
+
+
+def test_scores_that_are_not_finite_are_not_answered(system: System, gateway: httpx.Client) -> None:
+    system.put(Routing(champion=3))
+    response = gateway.post("/recommend", json={"user_id": 7})
+    assert response.status_code == 503
+    assert response.json()["error"] == "rank of release 3 gives scores that are not finite"
+
+
+def test_without_a_feature_store_it_says_so(system: System, tmp_path) -> None:
+    routing.write(tmp_path / "routing.json", Routing(champion=1))
+    release.directory(tmp_path, 1).parent.mkdir()
+    release.directory(tmp_path, 1).symlink_to(release.directory(system.home, 1))
+    with serving(create_app(replace(system.settings, home=tmp_path))) as gateway:
+        failure = failed(gateway)
+    assert failure["error"].startswith("the feature store does not answer")
+    assert "prepare" in failure["remedy"]
+
+
+def test_a_damaged_document_leaves_the_last_good_one(system: System, gateway: httpx.Client) -> None:
+    ask(gateway, preview=True)
+    (system.home / "routing.json").write_text("{")
+    assert ask(gateway, preview=True)["release"] == 1
+    with serving(create_app(replace(system.settings, home=system.home / "elsewhere"))) as other:
+        (system.home / "elsewhere" / "routing.json").write_text("{")
+        assert "not readable as a routing document" in failed(other)["error"]
+
+
+def test_feedback_of_two_gateways_does_not_mix(system: System, gateway: httpx.Client) -> None:
+    with pytest.raises(FeedbackError, match="another gateway writes feedback here"):
+        create_app(system.settings)
+
+
+def test_the_api_describes_itself(gateway: httpx.Client) -> None:
+    document = gateway.get("/openapi.json").json()
+    assert {"/recommend", "/feedback", "/health", "/ready"} == document["paths"].keys()
+    assert {"200", "400", "422", "503"} == document["paths"]["/recommend"]["post"]["responses"].keys()
+    assert gateway.get("/docs").status_code == 200
