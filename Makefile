@@ -54,7 +54,7 @@ check: $(READY)
 
 # New versions: edit pyproject.toml, then make lock.
 lock: | $(UV)
-	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --python-version 3.11 --generate-hashes --extra dev \
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --extra dev \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header pyproject.toml -o requirements.lock
 
 clean:
