@@ -142,7 +142,8 @@ def judge(evidence: Evidence, policy: Policy | None = None) -> Verdict:
 def _verdict(checks: Sequence[Check], evidence: Evidence | None, policy: Policy, **figures: Any) -> Verdict:
     failed = [check for check in checks if not check.passed]
     champion = evidence.champion if evidence else None
-    rest = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
+    more = len(failed) - 1
+    rest = f"; {more} more check{'s' if more > 1 else ''} failed" if more > 0 else ""
     # an approval is told by its first comparison: the champion's, or popularity's
     told = failed[0] if failed else next(check for check in checks if check.name.startswith("better than"))
     reason = told.reason[0].lower() + told.reason[1:].rstrip(".")
@@ -212,12 +213,16 @@ def _unseen(evidence: Evidence) -> Check:
     shared = test.join(seen, "event_id", how="semi").height
     if shared:
         return Check(name, False, f"{shared:,} test rows are also training or validation rows.", value=shared, bound=0)
-    last, first = seen["event_time"].max(), test["event_time"].min()
-    early = test.filter(pl.col("event_time") <= last).height
-    if early:
-        reason = f"{early:,} test rows are not later than the training window, which ends at {last!s}: they overlap."
-        return Check(name, False, reason, value=early, bound=0)
-    return Check(name, True, f"Training and validation end at {last!s}, before the first test row, at {first!s}.")
+    early = test.filter(pl.col("event_time") <= seen["event_time"].max())
+    end, start = _minute(seen.select(pl.max("event_time"))), _minute(test.select(pl.min("event_time")))
+    if early.height:
+        reason = f"{early.height:,} test rows are not later than the training window, which ends {end}: they overlap."
+        return Check(name, False, reason, value=early.height, bound=0)
+    return Check(name, True, f"Training and validation end at {end}, before the first test row, at {start}.")
+
+
+def _minute(time: pl.DataFrame) -> str:
+    return str(time.to_series().dt.strftime("%Y-%m-%d %H:%M UTC").item())
 
 
 def _recall(evidence: Evidence, policy: Policy) -> Check:
@@ -275,7 +280,7 @@ def _weigh(checks: list[Check], evidence: Evidence, champion: Champion | None, p
     rows = evidence.predictions
     heads = {label: rows[f"p_{label}"].cast(pl.Float64).to_numpy() for label in LABELS}
     fused = fusion.fuse(heads, evidence.weights)
-    opponents = {"popularity": rows["popularity"].cast(pl.Float64).to_numpy()}
+    opponents: dict[str, Array] = {}
     if champion:
         opponents["champion"] = fusion.fuse(champion.heads, champion.weights)
         differs = _differs(fused, opponents["champion"], champion)
@@ -284,6 +289,7 @@ def _weigh(checks: list[Check], evidence: Evidence, champion: Champion | None, p
             return _verdict(checks, evidence, policy)
     else:
         opponents["single head"] = heads[evidence.single_head]
+    opponents["popularity"] = rows["popularity"].cast(pl.Float64).to_numpy()
 
     ranking = _Ranking(rows, policy)
     for name, scores in {"candidate": fused, **opponents}.items():
@@ -473,14 +479,14 @@ def judge_candidate(
 ) -> Verdict:
     """Judges a candidate's artifacts and writes `verdict.json`, and `champion.parquet` if there is a champion.
 
-    `verdict.json` holds the Verdict, the candidate's `data_window` and, so that a report can say what changed, the
-    `champion_manifest` (with the `data_window` of the champion's own verdict).
+    `verdict.json` holds the Verdict, `first_release`, the candidate's `data_window` and, so that a report can say what
+    changed, the `champion_manifest` (with the `data_window` of the champion's own verdict).
 
     Args:
         champion: the champion's release directory; "" if nothing is live.
     """
     out.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {}
+    document: dict[str, Any] = {"first_release": not champion}
     try:
         evidence = gather(examples, recall, rank, weights, Path(champion) if champion else None)
         document["data_window"] = json.loads((examples / "window.json").read_text())

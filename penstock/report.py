@@ -62,13 +62,13 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: .75rem
 th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid #e6e9ec; }
 th { font-weight: 600; color: #5a6470; white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.reason { color: #5a6470; display: block; }
+.reason { color: #5a6470; display: block; font-weight: 400; }
+b { font-weight: 600; }
 .pass { color: #0072B2; font-weight: 600; white-space: nowrap; }
 .fail { color: #B5420A; font-weight: 600; white-space: nowrap; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; margin: .75rem 0; }
 figure { margin: 0; }
-figure svg { display: block; width: 100%; height: auto; max-width: 32rem; }
-.wide svg { max-width: 44rem; }
+figure svg { display: block; width: 100%; height: auto; max-width: 34rem; }
 code { background: #f1f3f5; padding: .1rem .3rem; border-radius: .2rem; font-size: .9em; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   main { padding: 1rem 1rem 3rem; }
@@ -79,8 +79,8 @@ code { background: #f1f3f5; padding: .1rem .3rem; border-radius: .2rem; font-siz
   td::before { content: attr(data-label); color: #5a6470; text-align: left; white-space: nowrap; }
   td:empty { display: none; }
   td.first { display: block; text-align: left; font-weight: 600; }
-  td.first .reason { font-weight: 400; }
   td.first::before { content: none; }
+  td.detail { display: none; }
 }
 @media print {
   body { font-size: 11pt; }
@@ -252,12 +252,11 @@ def _checks(verdict: Mapping[str, Any]) -> str:
     rows = []
     for check in sorted(verdict["checks"], key=lambda check: bool(check["passed"])):
         mark = '<span class="pass">✓ pass</span>' if check["passed"] else '<span class="fail">✗ fail</span>'
-        name = f'{_text(check["name"])}<span class="reason">{_text(check["reason"])}</span>'
-        rows.append(
-            [name, mark, _number(check["value"]), _interval(check["low"], check["high"]), _number(check["bound"])]
-        )
-    note = "Failed checks come first. An interval must lie above its bound; a count or a share must reach it."
-    return _table(["Check", "", "Value", "Interval", "Bound"], rows, raw=2) + _note(note)
+        name = f'{mark} <b>{_text(check["name"])}</b><span class="reason">{_text(check["reason"])}</span>'
+        interval = _interval(check["low"], check["high"])
+        rows.append([name, _number(check["value"]), interval, _number(check["bound"])])
+    note = "Failed checks come first. An interval must lie above its bound, except that harm needs all of it below."
+    return _table(["Check", "Value", "Interval", "Bound"], rows, marked=True) + _note(note)
 
 
 def _heads(material: _Material) -> str:
@@ -288,7 +287,7 @@ def _heads(material: _Material) -> str:
         f"whole users ({verdict['policy']['replicates']} draws)."
     )
     return (
-        _figure(_forest(verdict), "AUC of each head with its interval", wide=True)
+        _figure(_forest(verdict), "AUC of each head with its interval")
         + _table(names, rows)
         + _table(["AUC of", *(_whose(name, verdict).capitalize() for name in fused)], by_label)
         + _note(note)
@@ -305,7 +304,7 @@ def _forest(verdict: Mapping[str, Any]) -> Figure:
     own = fused["candidate"]
     champion = fused.get("champion", {}).get("value")
     entries.append(("fused, mean", own["value"], own["low"], own["high"], champion, fused["popularity"]["value"]))
-    figure = Figure(figsize=(6.2, 2.5), layout="constrained")
+    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
     axes = figure.subplots()
     for place, (_, value, low, high, theirs, popularity) in enumerate(reversed(entries)):
         axes.plot([low, high], [place, place], color=CANDIDATE, linewidth=2.5, solid_capstyle="butt")
@@ -419,17 +418,13 @@ def _weights(material: _Material) -> str:
     found = material.weights
     test = material.verdict["fused"].get("candidate", {}).get("value")
     optimism = "" if test is None else f"{found['validation'] - test:+.4f}"
-    columns = [*(f"Weight of {name}" for name in found["weights"]), "Validation", "Test", "Optimism"]
-    row = [
-        *(f"{weight:.1f}" for weight in found["weights"].values()),
-        _number(found["validation"]),
-        _number(test),
-        optimism,
-    ]
+    columns = ["Chosen weights", "Validation", "Test", "Optimism"]
+    chosen = ", ".join(f"{name} {weight:.1f}" for name, weight in found["weights"].items())
+    row = [chosen, _number(found["validation"]), _number(test), optimism]
     note = (
-        f"Chosen on the validation slice alone, by {found['objective']}, out of {material.grid.height:,} points; the "
-        "test column is the same figure on rows the search has not seen. In the picture each point is one mix: the "
-        "nearer a corner, the more weight that head has."
+        f"Chosen on the validation slice alone, by {_words(found['objective'])}, of {material.grid.height:,} points; "
+        "the test column is the same figure on rows the search has not seen. In the picture each point is one mix: "
+        "the nearer a corner, the more weight that head has."
     )
     return _figure(_simplex(material), "Objective over the weight grid") + _table(columns, [row]) + _note(note)
 
@@ -443,7 +438,7 @@ def _simplex(material: _Material) -> Figure:
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]])
     places = shares @ corners
     best = np.array([material.weights["weights"][name] for name in names])
-    figure = Figure(figsize=(4.4, 3.7), layout="constrained")
+    figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*corners[[0, 1, 2, 0]].T, color=FAINT, linewidth=1, zorder=0)
     drawn = axes.scatter(places[:, 0], places[:, 1], c=grid["objective"], cmap="cividis", s=16, linewidths=0)
@@ -455,13 +450,16 @@ def _simplex(material: _Material) -> Figure:
         markeredgecolor=BAD,
         markeredgewidth=2,
     )
-    axes.annotate("chosen", best / best.sum() @ corners, xytext=(10, 9), textcoords="offset points", color=BAD)
+    patch = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
+    axes.annotate(
+        "chosen", best / best.sum() @ corners, xytext=(11, 9), textcoords="offset points", color=BAD, bbox=patch
+    )
     for (x, y), name, below in zip(corners, names, (True, True, False), strict=True):
         axes.text(x, y - 0.05 if below else y + 0.03, f"{name} only", ha="center", va="top" if below else "bottom")
-    axes.set(xlim=(-0.12, 1.12), ylim=(-0.12, 0.95))
+    axes.set(xlim=(-0.14, 1.14), ylim=(-0.1, 0.93))
     axes.set_aspect("equal")
     axes.set_axis_off()
-    figure.colorbar(drawn, ax=axes, shrink=0.75, label=str(material.weights["objective"]))
+    figure.colorbar(drawn, ax=axes, shrink=0.75, label=_words(material.weights["objective"]))
     return figure
 
 
@@ -475,11 +473,12 @@ def _recall(material: _Material) -> str:
             _number(popular.get(part, {}).get(name)),
             _ratio(value, popular.get(part, {}).get(name)),
         ]
-        for part in ("validation", "test")
+        for part in ("test", "validation")
         for name, value in figures[part].items()
     ]
     note = (
-        "Over the whole catalogue, for users with at least one long view in the slice: the share of their items found."
+        "Over the whole catalogue, for users with at least one long view in the slice: recall is the share of their "
+        "items that is found, NDCG also asks for them near the top."
     )
     return _table(["Figure", "Recall model", "Popularity", "Times"], rows) + _note(note)
 
@@ -495,7 +494,7 @@ def _slices(verdict: Mapping[str, Any]) -> str:
         [
             one["name"],
             f"{one['rows']:,}",
-            _number(one["auc"]) or "too few",
+            _number(one["auc"]) or "–",
             _interval(one["low"], one["high"]),
             _number(one["champion"]),
             "" if one["difference"] is None else f"{one['difference']:+.4f}",
@@ -505,14 +504,19 @@ def _slices(verdict: Mapping[str, Any]) -> str:
         for one in verdict["slices"]
     ]
     names = ["Slice", "Rows", "Candidate", "Interval", "Champion", "Difference", "Interval of it", "Labels"]
-    note = "The mean AUC of the fused score over the labels with enough cases in the slice. New: not in the training slice."
+    note = (
+        "The mean AUC of the fused score over the labels with enough cases in the slice; – where there are too few "
+        "rows or cases. New: not in the training slice."
+    )
     return _table(names, rows) + _note(note)
 
 
 def _changes(material: _Material) -> str:
     before = material.verdict.get("champion_manifest")
-    if not before:
+    if material.verdict["first_release"]:
         return "<p>There is no champion: this would be the first release.</p>"
+    if not before:
+        return "<p>Not known: champion and candidate could not be compared; see the checks.</p>"
     old = dict(_flat({name: before.get(name, {}) for name in ("recall", "rank")}))
     old |= dict(_flat({"weight": before.get("weights", {}), "window": before.get("data_window") or {}}))
     new = dict(_flat(material.models))
@@ -533,7 +537,7 @@ def _changes(material: _Material) -> str:
         note = "Each on the test slice of its own time, so not the same rows; the AUCs above are on the same rows."
         measured = _table(["Figure", f"Champion {before['release']}", "Candidate"], figures) + _note(note)
     when, by = before.get("created_at", "at an unknown time"), before.get("approved_by", "nobody named")
-    who = f"<p>Champion {before['release']} was released {_text(when)}, approved by {_text(by)}.</p>"
+    who = f"<p>Champion {before['release']} was released {_text(_value(when))}, approved by {_text(by)}.</p>"
     return who + changed + measured
 
 
@@ -576,16 +580,21 @@ def _data(material: _Material) -> str:
 
 
 def _roll_back(verdict: Mapping[str, Any]) -> str:
-    if verdict["champion"] is None:
+    if verdict["first_release"]:
         return "<p>There is no release before this one to go back to. Later releases can be rolled back to it.</p>"
+    former = f" ({verdict['champion']})" if verdict["champion"] else ""
     return (
-        "<p>After a promotion, <code>airflow dags trigger rollback</code> brings release "
-        f"{verdict['champion']} back: recall model, item index, rank model and weights at once. "
+        "<p>After a promotion, <code>airflow dags trigger rollback</code> brings the former "
+        f"release back{former}: recall model, item index, rank model and weights at once. "
         "Nothing is retrained; the release is still on disk.</p>"
     )
 
 
 # Pieces
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("auc", "AUC")
 
 
 def _text(value: object) -> str:
@@ -609,31 +618,35 @@ def _interval(low: float | None, high: float | None, form: str = ".4f") -> str:
 def _value(value: object) -> str:
     if value is None:
         return "–"
+    if isinstance(value, str) and value.endswith("+00:00"):
+        return value.removesuffix("+00:00").replace("T", " ") + " UTC"
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]], raw: int = 0) -> str:
-    """A table; the first `raw` columns are HTML already. Columns of figures are set to the right."""
-    figures = [
-        column > 0 and all(not row[column] or row[column][0] in "0123456789+-" for row in rows)
-        for column in range(len(names))
-    ]
-    classes = ["first", *("number" if figures[column] else "" for column in range(1, len(names)))]
-    head = "".join(f'<th class="{kind}">{_text(name)}</th>' for name, kind in zip(names, classes, strict=True))
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, marked: bool = False) -> str:
+    """A table, columns of figures set to the right.
+
+    With `marked` the first column is HTML, and says all that the others do: a phone shows it alone.
+    """
+    kinds = ["first"]
+    for column in range(1, len(names)):
+        figures = all(not row[column] or row[column][0] in "0123456789+-–" for row in rows)
+        kinds.append(" ".join(["number"] * figures + ["detail"] * marked))
+    head = "".join(f'<th class="{kind}">{_text(name)}</th>' for name, kind in zip(names, kinds, strict=True))
     lines = []
     for row in rows:
-        cells = [
-            f'<td class="{classes[at]}" data-label="{_text(names[at])}">{cell if at < raw else _text(cell)}</td>'
-            for at, cell in enumerate(row)
-        ]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+        cells = "".join(
+            f'<td class="{kind}" data-label="{_text(name)}">{cell if marked and kind == "first" else _text(cell)}</td>'
+            for name, kind, cell in zip(names, kinds, row, strict=True)
+        )
+        lines.append(f"<tr>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _figure(figure: Figure, says: str, *, wide: bool = False) -> str:
+def _figure(figure: Figure, says: str) -> str:
     """A picture as SVG within the page; `says` is its text for those who do not see it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{_text(says)}"', 1)
-    return f"<figure{' class=' + chr(34) + 'wide' + chr(34) if wide else ''}>{svg}</figure>"
+    return f"<figure>{svg}</figure>"
