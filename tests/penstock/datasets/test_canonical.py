@@ -40,6 +40,16 @@ def test_narrow_columns_are_cast_and_rows_go_under_their_own_day(own: Path, tmp_
     assert sorted(path.name for path in (log / "events").iterdir()) == ["dt=2026-01-05", "dt=2026-01-06"]
 
 
+def test_files_of_one_name_do_not_overwrite_each_other(own: Path, tmp_path: Path) -> None:
+    """Both folders hold rows of both days, in files of the same name."""
+    events = read_events(own)
+    for number, folder in enumerate(sorted((own / "events").iterdir())):
+        events.gather_every(2, number).write_parquet(folder / "part-00000-000.parquet")
+    log = tmp_path / "log"
+    write_log(Config(str(own)), log)
+    assert read_events(log).equals(events)
+
+
 def test_a_truncated_file_is_told(own: Path, tmp_path: Path) -> None:
     path = next((own / "events").glob("*/*.parquet"))
     path.write_bytes(path.read_bytes()[:-20])
