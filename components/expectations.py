@@ -7,6 +7,7 @@ nulls, ranges, uniqueness, the order of times, and that an event's user and item
 import html
 import logging
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from penstock.events import EVENTS, HISTORIES, ITEMS, USERS, LogError, Table, re
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # nothing leaves the machine
 logging.getLogger("great_expectations").setLevel(logging.ERROR)
 
-import great_expectations as gx  # noqa: E402
-import great_expectations.expectations as gxe  # noqa: E402
-from great_expectations.render.renderer import ValidationResultsPageRenderer  # noqa: E402
-from great_expectations.render.view import DefaultJinjaPageView  # noqa: E402
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of optional packages that are not there
+    import great_expectations as gx
+    import great_expectations.expectations as gxe
+    from great_expectations.render.renderer import ValidationResultsPageRenderer
+    from great_expectations.render.view import DefaultJinjaPageView
 
 REFERENCES = {"user_id": "users", "item_id": "items"}
 """Columns of an event that must be in another table."""

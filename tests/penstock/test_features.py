@@ -5,81 +5,14 @@ from __future__ import annotations
 import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
 from penstock import features
-from penstock.events import EVENTS, HISTORIES, ITEMS, USERS, conform, write_events
 from penstock.features import HISTORY_LENGTH, PRIOR_IMPRESSIONS, VIEWS, feature_tables, fill_missing, request_features
-
-HOUR = timedelta(hours=1)
-START = datetime(2026, 3, 1, tzinfo=UTC)
-
-Row = dict[str, Any]
-
-
-def an_event(event_id: int, user: int, item: int, at: datetime, late: timedelta = timedelta(0), **labels: int) -> Row:
-    return {
-        "event_id": event_id,
-        "request_id": event_id,
-        "user_id": user,
-        "item_id": item,
-        "event_time": at,
-        "created_time": at + late,
-        "session_id": None,
-        "scenario": 0,
-        "device": 0,
-        "position": 0,
-        **dict.fromkeys(("click", "long_view", "like", "profile_enter"), 0),
-        "watch_time_ms": 0,
-        "release": None,
-        "variant": None,
-        **labels,
-    }
-
-
-def write_log(log: Path, events: list[Row], histories: list[Row] | None = None) -> Path:
-    write_events(pl.DataFrame(events, schema=EVENTS.schema), log, "rows")
-    users = sorted({row["user_id"] for row in events})
-    items = sorted({row["item_id"] for row in events})
-    profile = {"activity_level": 1, "register_days": 2, "follow_count": 3, "fans_count": 4, "friend_count": 5}
-    conform(
-        pl.DataFrame(
-            [
-                {"user_id": u, "event_time": START, "created_time": START, **profile, "is_creator": 0, "traits": [u, 7]}
-                for u in users
-            ]
-        ),
-        USERS,
-        "users",
-    ).write_parquet(log / "users.parquet")
-    conform(
-        pl.DataFrame(
-            [
-                {
-                    "item_id": i,
-                    "event_time": START - 5 * HOUR,
-                    "created_time": START - 4 * HOUR,
-                    "author_id": 1,
-                    "category": 2,
-                    "tags": [3],
-                    "music_id": 4,
-                    "item_type": 5,
-                    "duration_ms": 6,
-                    "title": "a title",
-                }
-                for i in items
-            ]
-        ),
-        ITEMS,
-        "items",
-    ).write_parquet(log / "items.parquet")
-    if histories:
-        pl.DataFrame(histories, schema=HISTORIES.schema).write_parquet(log / "histories.parquet")
-    return log
+from tests.small_log import HOUR, START, Row, a_log, an_event, write_log
 
 
 def hour_up(time: datetime) -> datetime:
@@ -132,29 +65,6 @@ def oracle_activity(events: list[Row], key: str) -> dict[tuple[int, datetime], l
             ]
             result[entity, stamp] = [*own, *rates]
     return result
-
-
-def a_log(seed: int) -> tuple[list[Row], list[Row]]:
-    """Few users and items, two weeks, rows on the hour and between, a third of them late by minutes to nine days."""
-    rng = random.Random(seed)
-    events = []
-    for event_id in range(rng.choice([1, 5, 60, 160])):
-        at = START + timedelta(seconds=rng.choice([0, 1800, rng.randrange(3600)]) + 3600 * rng.randrange(14 * 24))
-        late = rng.choice([0, 0, 0, 0, rng.randrange(3600), 3600 * rng.randrange(9 * 24)])
-        labels = {label: int(rng.random() < 0.5) for label in features.COUNTED}
-        events.append(an_event(event_id, rng.randrange(3), rng.randrange(4), at, timedelta(seconds=late), **labels))
-    histories = [
-        {
-            "user_id": user,
-            "event_time": START + rng.choice([timedelta(0), timedelta(minutes=90)]),
-            "created_time": START + rng.choice([timedelta(0), timedelta(days=1)]),
-            "items": [rng.randrange(9) for _ in range(rng.choice([0, 3, 70]))],
-        }
-        for user in range(4)
-        if rng.random() < 0.5
-    ]
-    rng.shuffle(events)
-    return events, histories
 
 
 @pytest.mark.parametrize("seed", range(60))
