@@ -1,0 +1,26 @@
+"""Holds a candidate against the champion on the test slice."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+
+@dsl.component(base_image="penstock/python-step:latest", install_kfp_package=False)
+def gate(
+    examples: dsl.Input[dsl.Dataset],
+    recall: dsl.Input[dsl.Model],
+    rank: dsl.Input[dsl.Model],
+    weights: dsl.Input[dsl.Artifact],
+    champion: str,
+    verdict: dsl.Output[dsl.Artifact],
+) -> NamedTuple("Outputs", [("approved", bool), ("sentence", str)]):  # type: ignore[valid-type]
+    """The verdict; `champion` is the directory of the release that is live, "" if none is. A rejection is no failure."""
+    from pathlib import Path
+
+    from penstock.gate import judge_candidate
+
+    parts = [Path(part.path) for part in (examples, recall, rank, weights)]
+    found = judge_candidate(*parts, champion, Path(verdict.path))
+    verdict.metadata.update({"approved": found.approved, "sentence": found.sentence})
+    print(found.sentence)
+    return found.approved, found.sentence
