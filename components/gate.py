@@ -14,13 +14,14 @@ def gate(
     champion: str,
     verdict: dsl.Output[dsl.Artifact],
 ) -> NamedTuple("Outputs", [("approved", bool), ("sentence", str)]):  # type: ignore[valid-type]
-    """The verdict; `champion` is the directory of the release that is live, "" if none is. A rejection is no failure."""
+    """The verdict; `champion` is the directory of the live release, "" if none is. A rejection is no failure."""
     from pathlib import Path
 
     from penstock.gate import judge_candidate
 
-    parts = [Path(part.path) for part in (examples, recall, rank, weights)]
-    found = judge_candidate(*parts, champion, Path(verdict.path))
+    found = judge_candidate(
+        Path(examples.path), Path(recall.path), Path(rank.path), Path(weights.path), champion, Path(verdict.path)
+    )
     verdict.metadata.update({"approved": found.approved, "sentence": found.sentence})
     print(found.sentence)
     return found.approved, found.sentence

@@ -22,10 +22,11 @@ def report(
     from components.tracking import log_candidate
     from penstock.report import write_report
 
-    parts = [Path(part.path) for part in (examples, recall, rank, weights, verdict)]
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"  # named so that MLflow shows it as a page
-        record = write_report(*parts, page)
+        record = write_report(
+            Path(examples.path), Path(recall.path), Path(rank.path), Path(weights.path), Path(verdict.path), page
+        )
         Path(report.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(page, report.path)
         run_id = log_candidate(tracking_uri, run_name, record.params, record.metrics, record.files)

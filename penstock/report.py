@@ -529,8 +529,16 @@ def _changes(material: _Material) -> str:
     changed = "<p>Nothing: parameters, weights and data window are those of the champion.</p>"
     if rows:
         changed = _table(["Parameter", f"Champion {before['release']}", "Candidate"], rows)
-    then = dict(_flat(before.get("metrics", {}).get("recall", {}), prefix="recall "))
-    now = dict(_flat(material.figures["recall"]["test"], prefix="recall "))
+    then = dict(
+        _flat(
+            before.get("metrics", {}).get("recall", {}),
+        )
+    )
+    now = dict(
+        _flat(
+            material.figures["recall"]["test"],
+        )
+    )
     figures = [[name, _number(then[name]), _number(now[name])] for name in now if name in then]
     measured = ""
     if figures:
