@@ -13,8 +13,8 @@ def build_release(
     home: str,
     approved_by: str,
     run_id: str,
+    git_revision: str,
     release: dsl.Output[dsl.Artifact],
-    git_revision: str = "unknown",
 ) -> int:
     """The number of the release in HOME/releases; `release` holds a copy of its manifest."""
     import shutil

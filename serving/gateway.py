@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +22,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from penstock.events import DAY_MS
 from penstock.feedback import FeedbackError, FeedbackLog, new_request_id
@@ -135,6 +136,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="Penstock", summary="Recommendations, and what users did with them", lifespan=lifespan)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(UnavailableError, _unavailable)
 
     @app.post("/recommend", responses=_FAILURES)
@@ -203,6 +205,11 @@ def _unavailable(_: Request, error: Exception) -> JSONResponse:
     return _failed(503, Failure(error=error.why, remedy=error.remedy))
 
 
+def _refused(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return _failed(error.status_code, Failure(error=str(error.detail)))
+
+
 def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
@@ -229,12 +236,12 @@ def main() -> None:
             gateway_port=settings.gateway_port if arguments.port is None else arguments.port,
             model_server=arguments.model_server or settings.model_server,
         )
-        listener = _listen(settings.host, settings.gateway_port)
-        app = create_app(settings)
+        with _listen(settings.host, settings.gateway_port) as listener, suppress(KeyboardInterrupt):
+            app = create_app(settings)
+            print(f"gateway: http://{settings.host}:{listener.getsockname()[1]}", flush=True)
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
     except (SettingsError, FeedbackError, OSError) as error:
         sys.exit(f"gateway: {error}")
-    print(f"gateway: http://{settings.host}:{listener.getsockname()[1]}", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -243,6 +250,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
     except OSError as error:
+        listener.close()
         raise OSError(f"port {port} of {host}: {error.strerror}; stop what listens there or set another") from None
     return listener
 

@@ -130,7 +130,10 @@ def from_tensor(tensor: Any) -> np.ndarray:
     if len(values) > size:
         raise ValueError(f"{len(values)} values do not fit shape {list(shape)}")
     filled = np.zeros(size, dtype) if dtype.kind != "O" else np.full(size, b"", object)
-    filled[: len(values)] = values
+    try:
+        filled[: len(values)] = values
+    except OverflowError:
+        raise ValueError(f"values do not fit dtype {dtype_name(tensor.dtype)}") from None
     if values:
         filled[len(values) :] = values[-1]
     return filled.reshape(shape)

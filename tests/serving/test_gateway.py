@@ -11,7 +11,7 @@ from penstock import release, routing
 from penstock.feedback import FeedbackError, read_feedback
 from penstock.routing import Routing
 from serving import rollout
-from serving.gateway import create_app
+from serving.gateway import create_app, main
 from tests.serving.conftest import (
     CATALOGUE,
     HISTORY,
@@ -127,12 +127,18 @@ def test_releases_swap_under_requests_without_a_failure_or_a_mixed_answer(
     assert all(catalogues == {number} and clicks == {1.0} for number, catalogues, clicks in answers)
 
 
-@pytest.mark.parametrize("body", ["", "{", '{"user_id": 1,}', "\x00"])
-def test_malformed_json_is_a_400(gateway: httpx.Client, body: str) -> None:
+@pytest.mark.parametrize("body", [b"{", b'{"user_id": 1,}', b"\x00", b"\xff", b"[" * 100_000, b"9" * 5000])
+def test_malformed_json_is_a_400(gateway: httpx.Client, body: bytes) -> None:
     for path in ("/recommend", "/feedback"):
         response = gateway.post(path, content=body, headers={"content-type": "application/json"})
-        assert response.status_code == (422 if body == "" else 400), response.text
+        assert response.status_code == 400, response.text
         assert response.json()["error"]
+
+
+def test_a_path_that_is_none_gets_the_same_kind_of_answer(gateway: httpx.Client) -> None:
+    assert gateway.get("/nothing").json() == {"error": "Not Found"}
+    assert gateway.get("/recommend").json() == {"error": "Method Not Allowed"}
+    assert gateway.post("/recommend").json()["field"] == "body"
 
 
 @pytest.mark.parametrize(
@@ -246,3 +252,22 @@ def test_the_api_describes_itself(gateway: httpx.Client) -> None:
     assert {"/recommend", "/feedback", "/health", "/ready"} == document["paths"].keys()
     assert {"200", "400", "422", "503"} == document["paths"]["/recommend"]["post"]["responses"].keys()
     assert gateway.get("/docs").status_code == 200
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """What the gateway's command says when it does not start."""
+    monkeypatch.setattr("sys.argv", ["gateway", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return str(ended.value)
+
+
+def test_the_command_says_why_it_does_not_start(
+    system: System, gateway: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = str(system.home)
+    port = str(gateway.base_url.port)
+    assert run_command(monkeypatch, "--home", home, "--port", port).startswith(f"gateway: port {port} of 127.0.0.1: ")
+    assert "another gateway writes feedback here" in run_command(monkeypatch, "--home", home, "--port", "0")
+    monkeypatch.setenv("PENSTOCK_MODEL_SERVER", "nowhere")
+    assert "PENSTOCK_MODEL_SERVER is host:port" in run_command(monkeypatch, "--home", home)

@@ -44,6 +44,7 @@ def test_text_becomes_bytes() -> None:
         ({"tensor_content": b"123"}, "3 bytes do not fit"),
         ({"int64_val": [1, 2, 3]}, "3 values do not fit"),
         ({"dtype": 15}, "not served"),
+        ({"dtype": 4, "int_val": [300]}, "do not fit dtype uint8"),
         ({"dtype": 7, "tensor_content": b"12345678"}, "do not fit"),
     ],
 )

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kfp import dsl
+
+from components.build_release import build_release
+from penstock import release
+from tests.penstock.test_release import candidate
+
+
+def test_a_candidate_becomes_a_release_that_says_who_approved_it(tmp_path: Path) -> None:
+    made = candidate(tmp_path)
+    home, out = tmp_path / "home", tmp_path / "out"
+    number = build_release.python_func(
+        recall=dsl.Model(uri=str(made.recall)),
+        rank=dsl.Model(uri=str(made.rank)),
+        weights=dsl.Artifact(uri=str(made.weights)),
+        verdict=dsl.Artifact(uri=str(made.verdict)),
+        report=dsl.HTML(uri=str(made.report)),
+        home=str(home),
+        approved_by="a person",
+        run_id="run",
+        git_revision="abc",
+        release=dsl.Artifact(uri=str(out)),
+    )
+    assert number == 1
+    manifest = release.verify(home, number)
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert (manifest["approved_by"], manifest["run_id"], manifest["git_revision"]) == ("a person", "run", "abc")
