@@ -529,16 +529,8 @@ def _changes(material: _Material) -> str:
     changed = "<p>Nothing: parameters, weights and data window are those of the champion.</p>"
     if rows:
         changed = _table(["Parameter", f"Champion {before['release']}", "Candidate"], rows)
-    then = dict(
-        _flat(
-            before.get("metrics", {}).get("recall", {}),
-        )
-    )
-    now = dict(
-        _flat(
-            material.figures["recall"]["test"],
-        )
-    )
+    then = before.get("metrics", {}).get("recall", {})
+    now = material.figures["recall"]["test"]
     figures = [[name, _number(then[name]), _number(now[name])] for name in now if name in then]
     measured = ""
     if figures:

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from penstock import gate, report
+from penstock.gate import Policy
+from tests.penstock.candidates import Artifacts, write_candidate, write_release
+
+
+class Page(HTMLParser):
+    """Tags in balance, text, and every address that a browser would ask for."""
+
+    void = frozenset({"meta", "br", "link", "img", "use", "path"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.addresses: list[str] = []
+        self.pictures = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+        self.pictures += tag == "svg"
+        found = [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+        self.addresses += [address for address in found if not address.startswith(("#", "data:"))]
+        if tag in self.void:
+            self.open.remove(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.void:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.void:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.text))
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_candidate(tmp_path_factory.mktemp("good"), rows=3000).root
+
+
+@pytest.fixture
+def candidate(good: Path, tmp_path: Path) -> Artifacts:
+    shutil.copytree(good, tmp_path / "candidate")
+    return Artifacts(tmp_path / "candidate")
+
+
+@pytest.fixture(scope="session")
+def champion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_release(tmp_path_factory.mktemp("releases") / "7", 7)
+
+
+def reported(candidate: Artifacts, champion: Path | None = None) -> tuple[Page, report.Record, dict]:
+    paths = (candidate.examples, candidate.recall, candidate.rank, candidate.weights)
+    gate.judge_candidate(*paths, str(champion or ""), candidate.verdict, Policy(replicates=100))
+    out = candidate.root / "report.html"
+    record = report.write_report(*paths, candidate.verdict, out)
+    page = Page(out.read_text())
+    assert page.open == []
+    assert page.addresses == []  # nothing is fetched from elsewhere
+    assert "url(http" not in out.read_text()
+    return page, record, json.loads((candidate.verdict / "verdict.json").read_text())
+
+
+def test_a_report_says_what_the_verdict_found(candidate: Artifacts, champion: Path) -> None:
+    page, _, verdict = reported(candidate, champion)
+    assert verdict["approved"]
+    assert verdict["sentence"] in page.words
+    for check in verdict["checks"]:
+        assert check["name"] in page.words
+        assert check["reason"] in page.words
+    for head in verdict["heads"].values():
+        for figure in ("auc", "champion", "popularity"):
+            assert f"{head[figure]:.4f}" in page.words
+        assert f"{head['difference_low']:+.4f} to {head['difference_high']:+.4f}" in page.words
+    for one in verdict["slices"]:
+        assert one["name"] in page.words
+    # intervals, three ROC and three calibration curves, the grid, two training curves
+    assert page.pictures == 1 + 3 + 3 + 1 + 2
+    assert "rollback" in page.words
+    assert "release back (7)" in page.words
+
+
+def test_what_changed_since_the_champion_is_what_differs(candidate: Artifacts, champion: Path) -> None:
+    page, _, _ = reported(candidate, champion)
+    changed = page.words.split("What changed since the champion")[1].split("Training")[0]
+    assert "approved by reviewer" in changed
+    assert "recall.config.dim 16 32" in changed
+    assert "rank.config.settings.epochs 1 2" in changed
+    assert "rank.config.experts" not in changed
+    assert "window.rows.train 4,000 3,000" in changed
+    assert "recall@50 0.3000 0.3100" in changed
+
+
+def test_a_first_release_has_nothing_to_go_back_to(candidate: Artifacts) -> None:
+    page, record, _ = reported(candidate)
+    assert "this would be the first release" in page.words
+    assert "no release before this one to go back to" in page.words
+    assert record.params["champion"] is None
+
+
+@pytest.mark.parametrize("spoil", ["NaN", "one class", "no champion"])
+def test_a_rejected_candidate_is_reported_as_far_as_it_goes(candidate: Artifacts, champion: Path, spoil: str) -> None:
+    if spoil == "NaN":
+        candidate.change(candidate.test_predictions, p_like=pl.lit(float("nan")))
+    if spoil == "one class":
+        for path in (candidate.test_predictions, candidate.examples / "test.parquet"):
+            candidate.change(path, like=pl.lit(0, pl.Int8))
+    release = candidate.root / "gone" if spoil == "no champion" else champion
+    page, record, verdict = reported(candidate, release)
+    assert not verdict["approved"]
+    assert verdict["sentence"] in page.words
+    assert "✗ fail" in page.words
+    assert record.metrics["approved"] == 0
+    assert "would be the first release" not in page.words
+    if spoil == "NaN":
+        assert "like: 3000 of 3000 scores are NaN or infinite" in page.words
+
+
+def test_the_record_holds_parameters_and_finite_figures(candidate: Artifacts, champion: Path) -> None:
+    _, record, verdict = reported(candidate, champion)
+    assert record.params["rank.model"] == "mmoe"
+    assert record.params["recall.config.dim"] == 32
+    assert record.params["champion"] == 7
+    assert set(record.params) >= {"weight.click", "weight.long_view", "weight.like", "window.test_end"}
+    assert all(math.isfinite(value) for value in record.metrics.values())
+    assert record.metrics["fused/candidate/value"] == verdict["fused"]["candidate"]["value"]
+    assert record.metrics["head/like/champion"] == verdict["heads"]["like"]["champion"]
+    assert record.metrics["recall/popularity/test/recall@50"] == 0.22
+    assert all(re.fullmatch(r"[\w@/.-]+", name) for name in record.metrics)
+    assert [path.name for path in record.files] == ["report.html", "verdict.json", "weights.json"]
+    assert all(path.is_file() for path in record.files)
+
+
+def test_text_from_artifacts_is_escaped(candidate: Artifacts) -> None:
+    config = {"model": "<script>alert(1)</script>", "config": {}, "seed": 1}
+    (candidate.rank / "config.json").write_text(json.dumps(config))
+    reported(candidate)
+    assert "<script" not in (candidate.root / "report.html").read_text()
+
+
+def test_the_same_candidate_gives_the_same_page(candidate: Artifacts) -> None:
+    reported(candidate)
+    first = (candidate.root / "report.html").read_text()
+    reported(candidate)
+    assert (candidate.root / "report.html").read_text() == first
