@@ -6,15 +6,16 @@ import json
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import Param, PokeReturnValue, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from dags.assets import CANDIDATE, newest
-from dags.stages import follow_routing, home, run, tracking_uri
+from dags.stages import follow_routing, git_revision, home, run, tracking_uri
 
+CANARY = {"share": 0.2, "min_impressions": 200, "wait_minutes": 60}
 APPROVERS = [{"id": "admin", "name": "admin"}]
 
 
@@ -57,11 +58,20 @@ def evidence_table(releases: dict[str, int], counts: dict[str, dict[str, int]]) 
     return "\n".join(lines)
 
 
-def answer(task_id: str) -> tuple[bool, str]:
-    """Whether the approval `task_id` of this run was given, and by whom ("nobody" if its default was taken)."""
+class Answer(NamedTuple):
+    """What came of an approval: `by` is "nobody" if its default was taken, `form` is what the approver filled in."""
+
+    approved: bool
+    by: str
+    form: dict[str, Any]
+
+
+def answer(task_id: str) -> Answer:
+    """The answer to the approval `task_id` of this run."""
     said = get_current_context()["ti"].xcom_pull(task_ids=task_id) or {}
     by = said.get("responded_by_user") or {}
-    return said.get("chosen_options") == [ApprovalOperator.APPROVE], by.get("name") or "nobody"
+    approved = said.get("chosen_options") == [ApprovalOperator.APPROVE]
+    return Answer(approved, by.get("name") or "nobody", CANARY | (said.get("params_input") or {}))
 
 
 @dag(
@@ -71,19 +81,12 @@ def answer(task_id: str) -> tuple[bool, str]:
     max_active_runs=1,
     tags=["penstock"],
     default_args={"retries": 0, "execution_timeout": timedelta(hours=1)},
-    params={
-        "share": Param(0.2, type="number", exclusiveMinimum=0, maximum=1, description="users that get a canary"),
-        "min_impressions": Param(
-            200, type="integer", minimum=0, description="of the canary before its approval is asked"
-        ),
-        "wait_minutes": Param(60, type="integer", minimum=0, description="for them, at most"),
-    },
     doc_md="""
     ### From a candidate to what users get
     A person approves the candidate by the gate's verdict and the report; silence for a day is a rejection.
-    The first release is promoted at once. Later ones answer `params.share` of the users first (the canary); when it has
-    been shown `min_impressions` times, or after `wait_minutes`, a person approves its promotion by what the A/B split
-    has shown, or it is withdrawn.
+    The first release is promoted at once. Later ones answer a `share` of the users first (the canary); when it has been
+    shown `min_impressions` times, or after `wait_minutes`, a person approves its promotion by what the A/B split has
+    shown, or it is withdrawn. The approver sets the three in the form of the approval.
 
     Approvals wait under **Required Actions**. A rejection skips what follows and the run is a success: whether a
     release was promoted is told by the task `promote`.
@@ -118,6 +121,13 @@ def release() -> None:
         assigned_users=APPROVERS,
         defaults=ApprovalOperator.REJECT,
         response_timeout=timedelta(days=1),
+        params={
+            "share": Param(CANARY["share"], type="number", exclusiveMinimum=0, maximum=1, description="of the users"),
+            "min_impressions": Param(
+                CANARY["min_impressions"], type="integer", minimum=0, description="before promotion"
+            ),
+            "wait_minutes": Param(CANARY["wait_minutes"], type="integer", minimum=0, description="for them, at most"),
+        },
         doc_md="A person decides by the verdict and the report. No answer within a day is a rejection.",
     )
 
@@ -127,8 +137,14 @@ def release() -> None:
         from penstock import release as releases
 
         parts = {f"{name}_uri": found[name] for name in ("recall", "rank", "weights", "verdict", "report")}
-        _, by = answer("approve")
-        outputs = run("release", home=str(home()), approved_by=by, run_id=found["run_id"], **parts)
+        outputs = run(
+            "release",
+            home=str(home()),
+            approved_by=answer("approve").by,
+            run_id=found["run_id"],
+            git_revision=git_revision(),
+            **parts,
+        )
         number = int(outputs["parameters"]["number"])
         tracking.register_release(tracking_uri(), releases.directory(home(), number), releases.manifest(home(), number))
         return number
@@ -137,17 +153,17 @@ def release() -> None:
     def road(found: dict[str, Any], number: int) -> str:
         return "promote" if found["champion"] is None else "canary"
 
-    @task(retries=1, retry_delay=timedelta(seconds=5), doc_md="The release answers `params.share` of the users.")
+    @task(retries=1, retry_delay=timedelta(seconds=5), doc_md="The release answers a share of the users.")
     def canary(found: dict[str, Any], number: int) -> dict[str, Any]:
         from serving import rollout
 
-        context = get_current_context()
-        share = float(context["params"]["share"])
-        _, by = answer("approve")
-        rollout.canary(home(), number, share, by=by, reason=f"canary of run {context['run_id']}")
+        said = answer("approve")
+        reason = f"canary of run {get_current_context()['run_id']}"
+        rollout.canary(home(), number, float(said.form["share"]), by=said.by, reason=reason)
         follow_routing()
         pair = {"champion": found["champion"], "challenger": number}
-        return {"releases": pair, "before": online_counts(home() / "feedback", pair), "since": time.time()}
+        before = online_counts(home() / "feedback", pair)
+        return {"releases": pair, "before": before, "since": time.time(), "form": said.form}
 
     @task.sensor(
         mode="reschedule",
@@ -156,11 +172,11 @@ def release() -> None:
         doc_md="Waits until the canary has been shown often enough, or long enough, and tells how both variants fare.",
     )
     def evidence(started: dict[str, Any]) -> PokeReturnValue:
-        params = get_current_context()["params"]
+        form = started["form"]
         now, before = online_counts(home() / "feedback", started["releases"]), started["before"]
         counts = {name: {key: now[name][key] - before[name][key] for key in now[name]} for name in now}
-        enough = counts["challenger"]["impressions"] >= params["min_impressions"]
-        waited = time.time() - started["since"] >= params["wait_minutes"] * 60
+        enough = counts["challenger"]["impressions"] >= form["min_impressions"]
+        waited = time.time() - started["since"] >= form["wait_minutes"] * 60
         return PokeReturnValue(enough or waited, evidence_table(started["releases"], counts))
 
     approve_promotion = ApprovalOperator(
@@ -185,11 +201,11 @@ def release() -> None:
 
         context = get_current_context()
         first = context["ti"].xcom_pull(task_ids="candidate")["champion"] is None
-        approved, by = answer("approve" if first else "approve_promotion")
-        if not approved:
+        said = answer("approve" if first else "approve_promotion")
+        if not said.approved:
             raise AirflowFailException("nobody has approved this promotion")
         number = int(context["ti"].xcom_pull(task_ids="build"))
-        rollout.promote(home(), number, by=by, reason=f"approved in run {context['run_id']}")
+        rollout.promote(home(), number, by=said.by, reason=f"approved in run {context['run_id']}")
         return number
 
     @task(trigger_rule="none_failed_min_one_success", doc_md="A canary that was turned down answers nobody.")
@@ -199,10 +215,10 @@ def release() -> None:
         context = get_current_context()
         if context["ti"].xcom_pull(task_ids="canary") is None:
             raise AirflowSkipException("there was no canary")
-        approved, by = answer("approve_promotion")
-        if approved:
+        said = answer("approve_promotion")
+        if said.approved:
             raise AirflowSkipException("promoted")
-        rollout.withdraw(home(), by=by, reason=f"turned down in run {context['run_id']}")
+        rollout.withdraw(home(), by=said.by, reason=f"turned down in run {context['run_id']}")
 
     @task(
         trigger_rule="none_failed_min_one_success",

@@ -39,6 +39,17 @@ def uri(outputs: dict[str, Any], name: str) -> str:
     return outputs["artifacts"][name]["uri"]
 
 
+def git_revision() -> str:
+    """The commit of this repository, or "unknown" outside one."""
+    import subprocess
+
+    ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def champion() -> str:
     """The directory of the release that is live, or nothing."""
     from penstock import release, routing

@@ -10,23 +10,6 @@ from local import supervisor
 from local.place import LocalError, Place
 
 
-def addresses(place: Place) -> list[str]:
-    """Where everything answers, and who may log in."""
-    passwords = json.loads(place.passwords.read_text())
-    users = " · ".join(f"{user} / {password}" for user, password in passwords.items())
-    rows = {
-        "Airflow": f"{place.url('airflow')}   log in as {users}",
-        "approvals": f"{place.url('airflow')}/required_actions",
-        "MLflow": place.url("mlflow"),
-        "gateway": f"{place.url('gateway')}   POST /recommend, POST /feedback",
-        "model server": place.model_server
-        or f"{place.url('model server (REST)')}   gRPC on {place.ports['model server (gRPC)']}",
-        "shell": f". {place.home / 'env.sh'}   then: airflow dags trigger prepare",
-        "logs": str(place.home / "logs"),
-    }
-    return [f"{name:<13}{text}" for name, text in rows.items()]
-
-
 def status(place: Place) -> int:
     """Prints what runs; 0 if everything does."""
     found = supervisor.read_status(place.home)
@@ -49,6 +32,7 @@ def main() -> int:
     demo = commands.add_parser("demo", help="the whole loop, from a log to live recommendations")
     demo.add_argument("--data", default="none", help="a log or a data set; none: the simulator")
     demo.add_argument("--keep", type=int, choices=(0, 1), default=1, help="0: stop everything at the end")
+    demo.add_argument("--options", type=json.loads, default={}, help="settings of the simulator, as JSON")
     arguments = parser.parse_args()
     try:
         place = Place.from_environment()
@@ -61,11 +45,11 @@ def main() -> int:
             return 0
         if arguments.command == "up":
             supervisor.start(place, print)
-            print("\n".join(addresses(place)))
+            print("\n".join(place.addresses()))
             return 0
         from local.demo import run
 
-        return run(place, arguments.data, keep=bool(arguments.keep))
+        return run(place, arguments.data, keep=bool(arguments.keep), options=arguments.options)
     except LocalError as error:
         print(error, file=sys.stderr)
         return 1

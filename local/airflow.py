@@ -112,7 +112,7 @@ class Airflow:
         path = f"/dags/{dag}/dagRuns/{run_id}/hitlDetails"
         return self._call("GET", path, params={"state": "awaiting_input", "response_received": False})["hitl_details"]
 
-    def answer(self, dag: str, run_id: str, task: str, option: str) -> dict[str, Any]:
-        """Answers an approval as this session's user."""
+    def answer(self, dag: str, run_id: str, task: str, option: str, form: dict[str, Any]) -> dict[str, Any]:
+        """Answers an approval, and fills in its form, as this session's user."""
         path = f"/dags/{dag}/dagRuns/{run_id}/taskInstances/{task}/-1/hitlDetails"
-        return self._call("PATCH", path, json={"chosen_options": [option], "params_input": {}})
+        return self._call("PATCH", path, json={"chosen_options": [option], "params_input": form})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
@@ -86,6 +87,23 @@ class Place:
     @property
     def passwords(self) -> Path:
         return self.home / "airflow" / "passwords.json"
+
+    def addresses(self) -> list[str]:
+        """Where everything answers and who may log in, a line each."""
+        users = " · ".join(f"{user} / {password}" for user, password in json.loads(self.passwords.read_text()).items())
+        models = (
+            self.model_server or f"{self.url('model server (REST)')}   gRPC on port {self.ports['model server (gRPC)']}"
+        )
+        rows = {
+            "Airflow": f"{self.url('airflow')}   log in as {users}",
+            "approvals": f"{self.url('airflow')}/required_actions",
+            "MLflow": self.url("mlflow"),
+            "gateway": f"{self.url('gateway')}/docs   POST /recommend, POST /feedback",
+            "model server": models,
+            "shell": f". {self.home / 'env.sh'}   then: airflow dags trigger prepare",
+            "logs": str(self.home / "logs"),
+        }
+        return [f"{name:<13}{text}" for name, text in rows.items()]
 
     def environment(self) -> dict[str, str]:
         """What every service and every user's shell has in its environment. It holds no secret."""

@@ -78,24 +78,10 @@ class Supervisor:
         place.check_ports()
         self._prepare()
         mlflow = self._home / "mlflow"
-        stores = [
-            "--backend-store-uri",
-            f"sqlite:///{mlflow}/mlflow.db",
-            "--artifacts-destination",
-            f"{mlflow}/artifacts",
-        ]
-        self._spawn(
-            "mlflow",
-            "mlflow",
-            "server",
-            "--host",
-            HOST,
-            "--port",
-            str(place.ports["mlflow"]),
-            "--workers",
-            "1",
-            *stores,
-        )
+        stores = {"backend-store-uri": f"sqlite:///{mlflow}/mlflow.db", "artifacts-destination": f"{mlflow}/artifacts"}
+        address = {"host": HOST, "port": str(place.ports["mlflow"]), "workers": "1"}
+        options = (f"--{name}={value}" for name, value in (address | stores).items())
+        self._spawn("mlflow", "mlflow", "server", *options)
         if not place.model_server:
             grpc, rest = (str(place.ports[f"model server ({kind})"]) for kind in ("gRPC", "REST"))
             where = ["--home", str(self._home), "--grpc-port", grpc, "--rest-port", rest]
