@@ -147,7 +147,7 @@ def refresh(home: Path, log: Path, out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-CHUNK_ROWS = 100_000
+CHUNK_ROWS = 50_000
 """Entity rows joined at once: Feast's join pairs each with all earlier snapshots of its entity before it picks one."""
 
 

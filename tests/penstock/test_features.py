@@ -67,23 +67,24 @@ def oracle_activity(events: list[Row], key: str) -> dict[tuple[int, datetime], l
     return result
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_tables_equal_plain_loops(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # a history of 50 is seldom full in a small log, and its chunks never are
-    monkeypatch.setattr(features, "CHUNK_ROWS", 7 if seed % 2 else 1_000)
-    events, histories = a_log(seed)
-    tables = feature_tables(write_log(tmp_path, events, histories))
-    history = {
-        (row["user_id"], row["event_timestamp"]): (row["history_items"], row["history_times"])
-        for row in tables["user_history"].iter_rows(named=True)
-    }
-    assert history == oracle_history(events, histories)
-    for name, key in (("user_activity", "user_id"), ("item_statistics", "item_id")):
-        table = tables[name]
-        found = {(row[0], row[-1]): list(row[1:-2]) for row in table.iter_rows()}
-        assert found == oracle_activity(events, key)
-        assert len(found) == table.height
-        assert (table["event_timestamp"] == table["created_timestamp"]).all()
+@pytest.mark.parametrize("batch", range(10))
+def test_tables_equal_plain_loops(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a small log's histories fit one chunk otherwise
+    monkeypatch.setattr(features, "CHUNK_ROWS", 7 if batch % 2 else 1_000)
+    for seed in range(20 * batch, 20 * batch + 20):
+        events, histories = a_log(seed)
+        tables = feature_tables(write_log(tmp_path / str(seed), events, histories))
+        history = {
+            (row["user_id"], row["event_timestamp"]): (row["history_items"], row["history_times"])
+            for row in tables["user_history"].iter_rows(named=True)
+        }
+        assert history == oracle_history(events, histories), seed
+        for name, key in (("user_activity", "user_id"), ("item_statistics", "item_id")):
+            table = tables[name]
+            found = {(row[0], row[-1]): list(row[1:-2]) for row in table.iter_rows()}
+            assert found == oracle_activity(events, key), seed
+            assert len(found) == table.height
+            assert (table["event_timestamp"] == table["created_timestamp"]).all()
 
 
 def test_tables_have_the_columns_of_their_views(tmp_path: Path) -> None:
