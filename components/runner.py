@@ -202,8 +202,10 @@ def _execute(stage: str, arguments: dict[str, Any], out: Path) -> None:
             continue
         if not Path(value.path).exists():
             raise StageError(f"the component declared {name} but wrote nothing to it")
-        Path(value.path).rename(work / "outputs" / name)
-        outputs["artifacts"][name] = {"uri": str(out / name), "metadata": dict(value.metadata)}
+        # a page keeps its suffix, or no browser opens it as one
+        file = f"{name}.html" if isinstance(value, dsl.HTML) and Path(value.path).is_file() else name
+        Path(value.path).rename(work / "outputs" / file)
+        outputs["artifacts"][name] = {"uri": str(out / file), "metadata": dict(value.metadata)}
     (work / "outputs" / SUCCESS).write_text(json.dumps({"key": key, "outputs": outputs}, indent=1))
     # the code or the arguments changed since: the former result gives way to the new one
     shutil.rmtree(out, ignore_errors=True)

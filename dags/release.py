@@ -116,7 +116,7 @@ def release() -> None:
 
     approve = ApprovalOperator(
         task_id="approve",
-        subject="Release the candidate of {{ ti.xcom_pull(task_ids='candidate')['run_id'] }}?",
+        subject="Release this candidate? {{ ti.xcom_pull(task_ids='candidate')['sentence'] }}",
         body="{{ ti.xcom_pull(task_ids='candidate')['body'] }}",
         assigned_users=APPROVERS,
         defaults=ApprovalOperator.REJECT,

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from local import supervisor
 from local.airflow import ENDED, Airflow, AirflowError
@@ -88,7 +89,9 @@ def run(place: Place, data: str, *, keep: bool, options: dict[str, Any] | None =
             other = (place.home / "demo.lock").read_text().strip()
             raise LocalError(f"a demo runs on {place.home} already (process {other}): wait for its end, or stop it")
         source = source_of(data, place, options or {})
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=120)
         with services(place, console) as own:
             code = Demo(place, source, console).run(fresh=own)
             if keep and own:
@@ -146,7 +149,7 @@ class Demo:
         return code
 
     def _say(self, text: str = "") -> None:
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def _clear(self, airflow: Airflow) -> None:
         """Runs that an interrupted demo left would hold up the new ones."""
@@ -159,12 +162,12 @@ class Demo:
         run_id = f"demo__{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}"
         self._console.rule(f"prepare: the log of {self._source.name}", align="left")
         airflow.trigger("prepare", run_id, {"source": self._source.name, "options": self._source.options})
-        self._follow(airflow, "prepare", run_id)
+        self.follow(airflow, "prepare", run_id)
         examples = Path(airflow.xcom("prepare", run_id, "examples")["artifacts"]["examples"]["uri"])
 
         self._console.rule("train: recall, rank, weights, gate, report", align="left")
-        train = self._triggered(airflow, "train", run_id)
-        self._follow(airflow, "train", train)
+        train = self.triggered(airflow, "train", run_id)
+        self.follow(airflow, "train", train)
         judged = airflow.xcom("train", train, "report")
         verdict = json.loads((Path(judged["verdict"]) / "verdict.json").read_text())
         self._show_verdict(verdict)
@@ -172,7 +175,7 @@ class Demo:
         promoted = False
         if verdict["approved"]:
             self._console.rule("release", align="left")
-            promoted = self._release(airflow, self._triggered(airflow, "release", train))
+            promoted = self.release(airflow, self.triggered(airflow, "release", train))
         answered = self._show_recommendations(examples)
         if answered and self._traffic:
             self._console.rule("the audience", align="left")
@@ -187,7 +190,7 @@ class Demo:
             self._say("No recommendations came from the release: see the gateway's log.")
         return 0 if promoted and answered else 1
 
-    def _triggered(self, airflow: Airflow, dag: str, source_run: str) -> str:
+    def triggered(self, airflow: Airflow, dag: str, source_run: str) -> str:
         end = time.monotonic() + 120
         while time.monotonic() < end:
             if found := airflow.triggered_by(dag, source_run):
@@ -195,9 +198,7 @@ class Demo:
             time.sleep(0.5)
         raise LocalError(f"{dag} was not started by {source_run}; look at {self._place.url('airflow')}")
 
-    def _follow(
-        self, airflow: Airflow, dag: str, run_id: str, each: Callable[[list[Task]], None] | None = None
-    ) -> None:
+    def follow(self, airflow: Airflow, dag: str, run_id: str, each: Callable[[list[Task]], None] | None = None) -> None:
         """Tells the end of each task until the run ends; `each` is called with the tasks about every second.
 
         Raises:
@@ -228,7 +229,7 @@ class Demo:
                 )
                 time.sleep(1)
 
-    def _release(self, airflow: Airflow, run_id: str) -> bool:
+    def release(self, airflow: Airflow, run_id: str) -> bool:
         """Follows a release and answers its approvals; whether it was promoted."""
         answered: set[str] = set()
         sent = False
@@ -245,7 +246,7 @@ class Demo:
                 if self._traffic:
                     self._say(self._traffic.send(VISITS))
 
-        self._follow(airflow, "release", run_id, each)
+        self.follow(airflow, "release", run_id, each)
         return airflow.state("release", run_id, "promote") == "success"
 
     def _answer(self, airflow: Airflow, run_id: str, task: str, approval: dict[str, Any]) -> None:
@@ -265,7 +266,8 @@ class Demo:
         for name in header:
             table.add_column(name, overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            # titles and markup both use brackets
+            table.add_row(*(Text(cell) for cell in row))
         self._console.print(table)
 
     def _show_verdict(self, verdict: dict[str, Any]) -> None:
@@ -299,13 +301,14 @@ class Demo:
             seen = [items.get(item, str(item)) for item in viewed]
             rows.append([str(user), f"{slate['release']}", "\n".join(seen), "\n".join(got)])
         self._console.rule("live", align="left")
-        self._table("recommendations", ["user", "release", "long-viewed last", "recommended, with score"], rows)
+        self._table(
+            "recommendations", ["user", "release", "long-viewed last [category]", "recommended [category], score"], rows
+        )
         return all(row[3] for row in rows)
 
     def _show_addresses(self, report: Path) -> None:
         self._console.rule("where things are", align="left")
-        files = sorted(report.rglob("*.html")) if report.is_dir() else [report]
-        self._say(f"{'report':<13}{files[0] if files else report}")
+        self._say(f"{'report':<13}{report}")
         for line in self._place.addresses():
             self._say(line)
 
@@ -381,9 +384,7 @@ def some_users(examples: Path, count: int = 4) -> tuple[int, list[tuple[int, lis
         .with_columns(pl.col("history_items").list.tail(3))
     )
     items = pl.read_parquet(examples / "items.parquet", columns=["item_id", "category", "title"])
-    lines = {
-        item: f"{item} · {title or 'no title'} (category {category})" for item, category, title in items.iter_rows()
-    }
+    lines = {item: f"{title or f'item {item}'} [{category}]" for item, category, title in items.iter_rows()}
     return end_ms, list(users.select("user_id", "history_items").iter_rows()), lines
 
 

@@ -183,15 +183,15 @@ class Supervisor:
         print(f"{time.monotonic() - self._began:5.1f} s  {text}", flush=True)
 
 
-def stop(children: list[subprocess.Popen[bytes]]) -> None:
-    """TERM to each child; after STOP_SECONDS, KILL to what is left of them and of all they started."""
+def stop(children: list[subprocess.Popen[bytes]], patience: float = STOP_SECONDS) -> None:
+    """TERM to each child; after `patience` seconds, KILL to what is left of them and of all they started."""
     family: list[psutil.Process] = []
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(child.pid)
             family += [process, *process.children(recursive=True)]
             child.terminate()
-    end = time.monotonic() + STOP_SECONDS
+    end = time.monotonic() + patience
     for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(max(0.1, end - time.monotonic()))
