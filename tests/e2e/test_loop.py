@@ -1,0 +1,186 @@
+"""The whole loop on a small simulated log: real Airflow, a real approval over REST, real serving."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from rich.console import Console
+
+from local import supervisor
+from local.airflow import ENDED, Airflow
+from local.demo import Demo, source_of
+from local.place import Place
+from penstock import routing
+from penstock.feedback import read_feedback
+from tests.local.ports import free_ports
+
+pytestmark = pytest.mark.e2e
+
+SMALL = {"users": 400, "items": 250, "items_per_day": 10, "days": 10}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("home"), free_ports())
+    supervisor.start(place, print)
+    try:
+        yield place
+    finally:
+        supervisor.down(place)
+
+
+@pytest.fixture(scope="module")
+def airflow(place: Place) -> Iterator[Airflow]:
+    with Airflow.log_in(place, "admin") as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def told(place: Place) -> str:
+    """The first round of the demo, which promotes the first release; what it said on the screen."""
+    screen = io.StringIO()
+    demo = Demo(place, source_of("none", place, SMALL), Console(file=screen, width=120))
+    code = demo.run(fresh=True)
+    print(screen.getvalue())
+    assert code == 0
+    return screen.getvalue()
+
+
+@pytest.fixture(scope="module")
+def demo(place: Place, told: str) -> Demo:
+    return Demo(place, source_of("none", place, SMALL), Console(file=io.StringIO()))
+
+
+def live(place: Place) -> routing.Routing:
+    return routing.read(place.home / "routing.json")
+
+
+def recommend(place: Place, **body: object) -> httpx.Response:
+    return httpx.post(f"{place.url('gateway')}/recommend", json=body, timeout=30)
+
+
+def wait(airflow: Airflow, dag: str, run_id: str) -> str:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        state = airflow.run(dag, run_id)["state"]
+        if state in ENDED:
+            return str(state)
+        time.sleep(1)
+    raise AssertionError(f"{dag} {run_id} did not end")
+
+
+def failure(airflow: Airflow, dag: str, run_id: str) -> str:
+    """The error of the one task that failed."""
+    assert wait(airflow, dag, run_id) == "failed"
+    failed = [task for task in airflow.tasks(dag, run_id) if task["state"] == "failed"]
+    assert len(failed) == 1
+    return airflow.error(dag, run_id, failed[0])
+
+
+def test_the_loop_ends_with_a_release_that_a_named_user_approved(place: Place, told: str) -> None:
+    document = live(place)
+    assert document.champion == 1
+    assert document.by == "admin"
+    manifest = json.loads((place.home / "releases" / "1" / "manifest.json").read_text())
+    assert manifest["approved_by"] == "admin"
+    assert manifest["parent"] is None
+    assert "answered over the REST API as user admin: Approve" in told
+
+
+def test_the_screen_shows_verdict_recommendations_report_and_addresses(place: Place, told: str) -> None:
+    manifest = json.loads((place.home / "releases" / "1" / "manifest.json").read_text())
+    assert manifest["verdict"] in told
+    for text in ("popularity", "recommended", *place.addresses()):
+        assert text in told
+    report = next(line.split()[1] for line in told.splitlines() if line.startswith("report "))
+    assert Path(report).suffix == ".html"
+    assert "<html" in Path(report).read_text()
+
+
+def test_the_gateway_answers_from_the_release(place: Place, told: str) -> None:
+    slate = recommend(place, user_id=1, k=10, preview=True).json()
+    assert (slate["release"], slate["variant"]) == (1, "champion")
+    assert len({item["item_id"] for item in slate["items"]}) == 10
+    stranger = recommend(place, user_id=10**9, preview=True).json()
+    assert stranger["cold_start"]
+    assert stranger["items"]
+
+
+def test_what_the_audience_did_is_kept_for_the_next_log(place: Place, told: str) -> None:
+    rows = read_feedback(place.home / "feedback")
+    assert rows.height > 1000
+    assert set(rows["release"]) == {1}
+    assert 0 < rows["click"].sum() < rows.height
+    # the day after the log, which the next round simulates
+    assert source_of("none", place, SMALL).options["days"] == SMALL["days"] + 1
+
+
+def test_mlflow_knows_run_and_champion(place: Place, told: str) -> None:
+    manifest = json.loads((place.home / "releases" / "1" / "manifest.json").read_text())
+    api = f"{place.url('mlflow')}/api/2.0/mlflow"
+    run = httpx.get(f"{api}/runs/get", params={"run_id": manifest["run_id"]}, timeout=30).json()["run"]
+    assert run["info"]["status"] == "FINISHED"
+    assert run["data"]["metrics"]
+    query = {"name": "penstock", "alias": "champion"}
+    version = httpx.get(f"{api}/registered-models/alias", params=query, timeout=30).json()["model_version"]
+    assert {tag["key"]: tag["value"] for tag in version["tags"]}["release"] == "1"
+
+
+def test_an_unknown_model_fails_the_first_task_with_the_known_names(airflow: Airflow, told: str) -> None:
+    airflow.trigger("train", "unknown-model", {"rank_models": ["oracle"]})
+    error = failure(airflow, "train", "unknown-model")
+    assert "unknown rank 'oracle': there are" in error
+    assert "mmoe" in error
+
+
+def test_there_is_nothing_to_roll_back_to(airflow: Airflow, place: Place, told: str) -> None:
+    airflow.trigger("rollback", "too-early")
+    assert "there is no former release to roll back to: release 1 is the first" in failure(
+        airflow, "rollback", "too-early"
+    )
+    assert live(place).champion == 1
+
+
+def test_a_candidate_held_against_another_champion_is_not_released(airflow: Airflow, told: str) -> None:
+    airflow.trigger("release", "stale")
+    assert "was held against release None, but 1 is live now" in failure(airflow, "release", "stale")
+
+
+def test_a_second_training_is_held_against_the_champion(airflow: Airflow, place: Place, demo: Demo) -> None:
+    """By hand, on the same examples: turned down by the gate, or canaried, promoted and rolled back."""
+    airflow.trigger("train", "again", {"seed": 2})
+    demo.follow(airflow, "train", "again")
+    judged = airflow.xcom("train", "again", "report")
+    verdict = json.loads((Path(judged["verdict"]) / "verdict.json").read_text())
+    assert verdict["champion"] == 1
+    assert airflow.state("train", "again", "publish") == ("success" if verdict["approved"] else "skipped")
+    if not verdict["approved"]:
+        assert live(place).champion == 1
+        return
+    released = demo.triggered(airflow, "release", "again")
+    promoted = demo.release(airflow, released)
+    assert live(place).champion == (2 if promoted else 1)
+    assert live(place).challenger is None
+    if promoted:
+        airflow.trigger("rollback", "back", {"reason": "the test says so"})
+        assert wait(airflow, "rollback", "back") == "success"
+        assert (live(place).champion, live(place).reason) == (1, "the test says so")
+        assert recommend(place, user_id=1, preview=True).json()["release"] == 1
+
+
+def test_a_service_that_dies_ends_all_and_says_why(place: Place, told: str) -> None:
+    status = supervisor.read_status(place.home)
+    services = [psutil.Process(service["pid"]) for service in status["services"].values()]
+    psutil.Process(status["services"]["gateway"]["pid"]).kill()
+    psutil.Process(status["pid"]).wait(90)
+    status = supervisor.read_status(place.home)
+    assert status["state"] == "failed"
+    assert "gateway ended with signal 9" in status["error"]
+    assert not any(service.is_running() for service in services)
