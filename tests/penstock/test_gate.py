@@ -202,7 +202,9 @@ def test_test_rows_from_the_time_of_training(candidate: Artifacts) -> None:
 
 def test_predictions_of_other_rows_or_other_labels(candidate: Artifacts) -> None:
     rows = pl.read_parquet(candidate.test_predictions)
-    for spoilt in (rows.reverse(), rows.head(-1), rows.with_columns(click=pl.col("click").shift(1).fill_null(0))):
+    others = rows.with_columns(event_id=pl.col("event_id") + 1)
+    shifted = rows.with_columns(click=pl.col("click").shift(1).fill_null(0))
+    for spoilt in (rows.reverse(), rows.head(-1), others, shifted):
         spoilt.write_parquet(candidate.test_predictions)
         assert "predictions are of the test rows" in failures(verdict_on(candidate))
 
