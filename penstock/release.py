@@ -21,8 +21,6 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from penstock import routing
 from penstock.durable import replace_link, sync_directory, sync_file
 from penstock.events import LABELS
@@ -190,30 +188,23 @@ def _manifest(candidate: Candidate, verdict: dict[str, Any]) -> dict[str, Any]:
     """What the candidate's own files say of it."""
     weights = _json(candidate.weights / "weights.json")
     recall, rank = _json(candidate.recall / "metrics.json"), _json(candidate.rank / "metrics.json")
-    return {
-        "parent": verdict.get("champion"),
-        "weights": weights["weights"],
-        "fusion": weights["fusion"],
-        "heads": list(LABELS),
-        "feature_services": FEATURE_SERVICES,
-        "recall": _json(candidate.recall / "config.json"),
-        "rank": _json(candidate.rank / "config.json"),
-        "metrics": {"recall": recall["test"], "rank": rank["test"], "gate": verdict.get("heads", {})},
-        "verdict": verdict.get("sentence", ""),
-        "data_window": _data_window(candidate.rank),
-    }
-
-
-def _data_window(rank: Path) -> dict[str, str]:
-    """First and last event of the slices that the rank model was judged on (it was trained on what came before)."""
-    window: dict[str, str] = {}
-    for slice_ in ("validation", "test"):
-        times = pl.scan_parquet(rank / "predictions" / f"{slice_}.parquet").select(
-            first=pl.col("event_time").min(), last=pl.col("event_time").max()
-        )
-        first, last = times.collect().row(0)
-        window |= {f"{slice_}_start": first.isoformat(), f"{slice_}_end": last.isoformat()}
-    return window
+    try:
+        return {
+            "parent": verdict["champion"],
+            "weights": weights["weights"],
+            "fusion": weights["fusion"],
+            "heads": list(LABELS),
+            "feature_services": FEATURE_SERVICES,
+            "recall": _json(candidate.recall / "config.json"),
+            "rank": _json(candidate.rank / "config.json"),
+            "metrics": {"recall": recall["test"], "rank": rank["test"], "gate": verdict["heads"]},
+            "verdict": verdict["sentence"],
+            "data_window": verdict["data_window"],
+        }
+    except KeyError as error:
+        raise ReleaseError(
+            f"the candidate's files do not say its {error}; run the stage that makes it again"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:

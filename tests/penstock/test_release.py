@@ -3,11 +3,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-import polars as pl
 import pytest
 
 from penstock import release, routing
@@ -17,6 +15,13 @@ from penstock.routing import Routing
 
 def candidate(folder: Path, *, approved: bool = True) -> Candidate:
     """The outputs of a run with stand-ins for the SavedModels: releasing them only copies bytes."""
+    verdict = {
+        "approved": approved,
+        "sentence": "better",
+        "champion": 1,
+        "heads": {},
+        "data_window": {"train_start": "2022-05-01T00:00:00+00:00", "test_end": "2022-05-08T00:00:00+00:00"},
+    }
     files = {
         "recall/saved_model/saved_model.pb": "recall graph",
         "recall/saved_model/variables/variables.index": "recall variables",
@@ -27,17 +32,12 @@ def candidate(folder: Path, *, approved: bool = True) -> Candidate:
         "rank/config.json": '{"model": "mmoe", "config": {}, "seed": 1}',
         "rank/metrics.json": '{"validation": {}, "test": {"auc_click": 0.7}}',
         "weights/weights.json": '{"fusion": "weighted_sum", "weights": {"click": 0.5, "long_view": 1, "like": 0}}',
-        "verdict/verdict.json": json.dumps({"approved": approved, "sentence": "better", "champion": 1, "heads": {}}),
+        "verdict/verdict.json": json.dumps(verdict),
         "report.html": "<p>report</p>",
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    for slice_, day in (("validation", 5), ("test", 7)):
-        times = [datetime(2022, 5, day, tzinfo=UTC), datetime(2022, 5, day + 1, tzinfo=UTC)]
-        path = folder / "rank" / "predictions" / f"{slice_}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pl.DataFrame({"event_time": times}).write_parquet(path)
     return Candidate(folder / "recall", folder / "rank", folder / "weights", folder / "verdict", folder / "report.html")
 
 
@@ -120,6 +120,14 @@ def test_a_candidate_with_a_part_missing_is_not_released(tmp_path: Path, part: s
     made = candidate(tmp_path)
     (tmp_path / part).unlink()
     with pytest.raises(ReleaseError, match=Path(part).name.replace(".", r"\.")):
+        build(tmp_path / "home", made)
+    assert release.releases(tmp_path / "home") == []
+
+
+def test_a_candidate_that_does_not_say_where_it_comes_from_is_not_released(tmp_path: Path) -> None:
+    made = candidate(tmp_path)
+    (tmp_path / "verdict" / "verdict.json").write_text('{"approved": true, "champion": null, "heads": {}}')
+    with pytest.raises(ReleaseError, match="do not say its 'sentence'"):
         build(tmp_path / "home", made)
     assert release.releases(tmp_path / "home") == []
 

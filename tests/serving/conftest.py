@@ -113,16 +113,12 @@ def build(home: Path, folder: Path, *, broken: bool = False) -> int:
         "rank/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
         "rank/metrics.json": '{"validation": {}, "test": {}}',
         "weights/weights.json": '{"fusion": "weighted_sum", "weights": {"click": 1.0, "long_view": 0.5, "like": 0.0}}',
-        "verdict/verdict.json": '{"approved": true, "sentence": "better", "champion": null, "heads": {}}',
+        "verdict/verdict.json": '{"approved": true, "sentence": "", "champion": null, "heads": {}, "data_window": {}}',
         "report.html": "<p>report</p>",
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    for part in ("validation", "test"):
-        path = folder / "rank" / "predictions" / f"{part}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pl.DataFrame({"event_time": [SNAPSHOT]}).write_parquet(path)
     made = Candidate(folder / "recall", folder / "rank", folder / "weights", folder / "verdict", folder / "report.html")
     built = release.build(home, made, approved_by="a person", run_id=f"run {number}", git_revision="abc")
     assert built == number
@@ -171,14 +167,18 @@ class System:
     def settings(self) -> Settings:
         return Settings(home=self.home, model_server=self.address)
 
+    def load(self, numbers: tuple[int, ...]) -> None:
+        """Has the model server serve just these releases."""
+        for number in numbers:
+            release.link(self.home, number)
+        base_paths = {model: release.base_path(self.home, model) for model in release.MODELS}
+        with ModelClient(self.address) as client:
+            client.load(base_paths, numbers)
+        release.unlink_all_but(self.home, numbers)
+
     def put(self, document: Routing) -> None:
         """Makes `document` what is obeyed, and loads what it names."""
-        for number in document.releases:
-            release.link(self.home, number)
-        with ModelClient(self.address) as client:
-            base_paths = {model: release.base_path(self.home, model) for model in release.MODELS}
-            client.load(base_paths, document.releases)
-        release.unlink_all_but(self.home, document.releases)
+        self.load(document.releases)
         routing.write(self.home / "routing.json", document)
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
@@ -85,6 +87,7 @@ def test_users_are_split_as_the_document_says(system: System, gateway: httpx.Cli
         assert answer["variant"] == routing.variant(document, user)
         assert answer["release"] == document.release(answer["variant"])
         assert {item["item_id"] // CATALOGUE for item in answer["items"]} == {answer["release"]}
+        assert {item["heads"]["click"] for item in answer["items"]} == {1.0}  # rank knows the items of its release
     assert gateway.get("/ready").json() == {"champion": 1, "challenger": 2, "share": 0.5}
 
 
@@ -115,8 +118,8 @@ def test_releases_swap_under_requests_without_a_failure_or_a_mixed_answer(
     for client in clients:
         client.start()
     try:
-        for swap in range(10):
-            rollout.promote(system.home, 2 - swap % 2, by="test", reason="swap")
+        for turn in range(12):
+            rollout.promote(system.home, 2 - turn % 2, by="test", reason="swap")
     finally:
         swapping.clear()
         for client in clients:
@@ -125,6 +128,43 @@ def test_releases_swap_under_requests_without_a_failure_or_a_mixed_answer(
     assert {number for number, _, _ in answers} == {1, 2}
     # rank says click = 1 only of items of its own release
     assert all(catalogues == {number} and clicks == {1.0} for number, catalogues, clicks in answers)
+
+
+class Unloading(grpc.GenericRpcHandler):
+    """A model server that unloads release 1 under the first Predict, just as release 2 was promoted."""
+
+    def __init__(self, system: System, channel: grpc.Channel) -> None:
+        self.system = system
+        self.channel = channel
+        self.predicted = 0
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def call(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if details.method.endswith("/Predict"):
+                self.predicted += 1
+                if self.predicted == 1:
+                    self.system.put(Routing(champion=2))
+                    context.abort(grpc.StatusCode.NOT_FOUND, "Servable not found for request: Specific(recall, 1)")
+            return self.channel.unary_unary(details.method)(request)
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+
+def test_a_release_unloaded_under_a_request_is_left_for_the_next(system: System) -> None:
+    server = grpc.server(ThreadPoolExecutor(2))
+    with grpc.insecure_channel(system.address) as channel:
+        handler = Unloading(system, channel)
+        server.add_generic_rpc_handlers((handler,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            with serving(create_app(replace(system.settings, model_server=f"127.0.0.1:{port}"))) as gateway:
+                answer = ask(gateway, k=3, preview=True)
+        finally:
+            server.stop(None).wait()
+    assert handler.predicted == 3
+    assert answer["release"] == 2
+    assert {item["item_id"] // CATALOGUE for item in answer["items"]} == {2}
 
 
 @pytest.mark.parametrize("body", [b"{", b'{"user_id": 1,}', b"\x00", b"\xff", b"[" * 100_000, b"9" * 5000])
