@@ -120,8 +120,11 @@ def services(place: Place, console: Console) -> Iterator[bool]:
 
 
 def wait_for_the_end(place: Place) -> None:
-    while supervisor.running(place.home):
-        time.sleep(1)
+    try:
+        while supervisor.running(place.home):
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return
     if reason := supervisor.read_status(place.home).get("error"):
         raise LocalError(reason)
 
@@ -183,7 +186,7 @@ class Demo:
             remember_day(self._place)
         self._show_addresses(Path(judged["report"]))
         if not verdict["approved"]:
-            self._say(f"No new release: the gate turned the candidate down. {verdict['sentence']}")
+            self._say("No new release: the gate turned the candidate down, for the reasons above.")
         elif not promoted:
             self._say("No new release: its canary was withdrawn.")
         elif not answered:
@@ -264,7 +267,7 @@ class Demo:
     def _table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         table = Table(title=title, title_justify="left", title_style="bold")
         for name in header:
-            table.add_column(name, overflow="fold")
+            table.add_column(Text(name), overflow="fold")
         for row in rows:
             # titles and markup both use brackets
             table.add_row(*(Text(cell) for cell in row))
@@ -280,7 +283,7 @@ class Demo:
             rows.append([name, f"{head['auc']:.4f}", interval, f"{other:.4f}", f"{head['auc'] - other:+.4f}"])
         header = ["head", "AUC, fused, test slice", "95 % interval", against, "difference"]
         self._table("the gate's verdict", header, rows)
-        self._say(f"{'approved' if verdict['approved'] else 'turned down'}: {verdict['sentence']}")
+        self._say(verdict["sentence"])
         for check in verdict["checks"]:
             if not check["passed"]:
                 self._say(f"  not passed: {check['name']}: {check['reason']}")
