@@ -16,6 +16,8 @@ from dags.assets import CANDIDATE, newest
 from dags.stages import follow_routing, git_revision, home, run, tracking_uri
 
 CANARY = {"share": 0.2, "min_impressions": 200, "wait_minutes": 60}
+# an answer within seconds of the question can meet the executor's late report of the question, and fail
+ASKED_AGAIN: dict[str, Any] = {"retries": 1, "retry_delay": timedelta(seconds=5)}
 APPROVERS = [{"id": "admin", "name": "admin"}]
 
 
@@ -121,6 +123,7 @@ def release() -> None:
         assigned_users=APPROVERS,
         defaults=ApprovalOperator.REJECT,
         response_timeout=timedelta(days=1),
+        **ASKED_AGAIN,
         params={
             "share": Param(CANARY["share"], type="number", exclusiveMinimum=0, maximum=1, description="of the users"),
             "min_impressions": Param(
@@ -165,10 +168,12 @@ def release() -> None:
         before = online_counts(home() / "feedback", pair)
         return {"releases": pair, "before": before, "since": time.time(), "form": said.form}
 
+    # it stays in its worker: a reschedule after seconds can meet the executor's late report of the last poke and fail
     @task.sensor(
-        mode="reschedule",
+        mode="poke",
         poke_interval=5,
         timeout=timedelta(days=8).total_seconds(),
+        execution_timeout=timedelta(days=8),
         doc_md="Waits until the canary has been shown often enough, or long enough, and tells how both variants fare.",
     )
     def evidence(started: dict[str, Any]) -> PokeReturnValue:
@@ -187,6 +192,7 @@ def release() -> None:
         assigned_users=APPROVERS,
         defaults=ApprovalOperator.REJECT,
         response_timeout=timedelta(days=7),
+        **ASKED_AGAIN,
         doc_md="A person decides by the A/B evidence. No answer within a week withdraws the canary.",
     )
 

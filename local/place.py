@@ -126,6 +126,8 @@ class Place:
             "API_AUTH__JWT_SECRET_CMD": f"cat {shlex.quote(str(airflow / 'jwt_secret'))}",
             "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "30",
             "DAG_PROCESSOR__REFRESH_INTERVAL": "30",
+            # the executor hears of a task's end this late; a parked task that is resumed before it fails
+            "WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
             "LOGGING__LOGGING_LEVEL": "INFO",
             "USAGE_DATA_COLLECTION__ENABLED": "False",
         }
