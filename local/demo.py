@@ -30,7 +30,7 @@ OUTCOMES = ("click", "long_view", "like", "profile_enter", "watch_time_ms")
 DAYS = 14
 VISITS = 600
 SHARE = 0.2
-MIN_IMPRESSIONS = 400
+MIN_IMPRESSIONS = 800
 READING_SECONDS = 4
 """Between an approval's appearance and its answer: Airflow fails an answer that overtakes the asking task's exit."""
 
@@ -263,7 +263,7 @@ class Demo:
         if online:
             self._table("online, so far", *_parse_table(online))
             option, why = decide(*_counts(online))
-        form = {"share": SHARE, "wait_minutes": 60, "min_impressions": MIN_IMPRESSIONS if self._traffic else 0}
+        form = {"share": SHARE, "wait_minutes": 2, "min_impressions": MIN_IMPRESSIONS if self._traffic else 0}
         said = airflow.answer("release", run_id, task, option, form if task == "approve" else {})
         who = said["responded_by"]["name"]
         self._say(f"  → answered over the REST API as user {who}: {option} ({why})\n")
