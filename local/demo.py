@@ -113,13 +113,14 @@ def services(place: Place, console: Console) -> Iterator[bool]:
         yield False
         return
     console.rule("services", align="left")
-    supervisor.start(place, lambda line: console.print(line, markup=False))
+    child = supervisor.start(place, lambda line: console.print(line, markup=False))
     try:
         yield True
     finally:
         if supervisor.running(place.home):
             console.print("Stopping the services …")
             supervisor.down(place)
+        child.wait()
 
 
 def wait_for_the_end(place: Place) -> None:

@@ -289,8 +289,8 @@ def serve(place: Place) -> int:
         return Supervisor(place).run()
 
 
-def start(place: Place, say: Callable[[str], None]) -> int:
-    """Starts a supervisor in the background, tells its progress, and returns its pid once everything is up.
+def start(place: Place, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
+    """Starts a supervisor in the background, tells its progress, and returns it once everything is up.
 
     Raises:
         LocalError: one runs already, or a service did not come up; everything is stopped then.
@@ -319,7 +319,7 @@ def start(place: Place, say: Callable[[str], None]) -> int:
                 if ended:
                     raise LocalError("the services did not start: see above")
                 if status.get("pid") == child.pid and status["state"] == "ready":
-                    return child.pid
+                    return child
                 time.sleep(0.2)
         except KeyboardInterrupt:
             child.terminate()

@@ -23,17 +23,19 @@ from tests.local.ports import free_ports
 
 pytestmark = pytest.mark.e2e
 
-SMALL = {"users": 400, "items": 250, "items_per_day": 10, "days": 10}
+# enough likes in the test slice for the gate to judge them
+SMALL = {"users": 1200, "items": 400, "items_per_day": 15, "days": 12}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place = Place(tmp_path_factory.mktemp("home"), free_ports())
-    supervisor.start(place, print)
+    child = supervisor.start(place, print)
     try:
         yield place
     finally:
         supervisor.down(place)
+        child.wait()
 
 
 @pytest.fixture(scope="module")
