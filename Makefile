@@ -11,6 +11,9 @@ READY := .venv/.ready
 # uv does not read pip's configuration; a mirror set there holds for it too.
 INDEX = $(or $(UV_DEFAULT_INDEX),$(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null))
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
@@ -28,7 +31,8 @@ $(UV):
 $(READY): requirements.lock | $(UV)
 	@echo "Installing the environment into .venv (once, about 3 GB) ..."
 	@$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) .venv
-	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock 2>&1 \
+		| sed -u "/^ [-+~] /d"
 	@touch $@
 
 demo: $(READY)
