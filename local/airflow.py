@@ -72,8 +72,11 @@ class Airflow:
         return self._call("GET", f"/dags/{dag}/dagRuns/{run_id}")
 
     def triggered_by(self, dag: str, source_run: str) -> str | None:
-        """The run of `dag` that was started by an asset which `source_run` made."""
+        """The run of `dag` that was started by an asset which `source_run` made, once it has begun."""
         for run in self.runs(dag, run_type="asset_triggered"):
+            # Airflow answers 500 for the asset events of a run that still waits
+            if run["start_date"] is None:
+                continue
             events = self._call("GET", f"/dags/{dag}/dagRuns/{run['dag_run_id']}/upstreamAssetEvents")
             if any(event["source_run_id"] == source_run for event in events["asset_events"]):
                 return run["dag_run_id"]

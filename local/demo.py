@@ -199,7 +199,7 @@ class Demo:
 
     def triggered(self, airflow: Airflow, dag: str, source_run: str) -> str:
         end = time.monotonic() + 120
-        while time.monotonic() < end:
+        while time.monotonic() < end or airflow.runs(dag, state=["queued"]):
             if found := airflow.triggered_by(dag, source_run):
                 return found
             time.sleep(0.5)
