@@ -30,6 +30,7 @@ OUTCOMES = ("click", "long_view", "like", "profile_enter", "watch_time_ms")
 DAYS = 14
 VISITS = 600
 SHARE = 0.2
+SIGN_OF_LIFE_SECONDS = 20
 MIN_IMPRESSIONS = 800
 READING_SECONDS = 4
 """Between an approval's appearance and its answer: Airflow fails an answer that overtakes the asking task's exit."""
@@ -212,6 +213,7 @@ class Demo:
             LocalError: a task failed; the message is its own.
         """
         told: set[tuple[str, int]] = set()
+        quiet_since = time.monotonic()
         with self._console.status(dag) as live:
             while True:
                 ended = airflow.run(dag, run_id)["state"] in ENDED
@@ -220,6 +222,7 @@ class Demo:
                     key = (task["task_id"], task["map_index"])
                     if key not in told and task["state"] in ("success", "failed", "skipped"):
                         told.add(key)
+                        quiet_since = time.monotonic()
                         took = f"{task['duration'] or 0:6.1f} s" if task["state"] != "skipped" else "        "
                         self._say(f"  {dag} · {_name(task):<28}{took}  {task['state']}")
                 if ended:
@@ -231,9 +234,12 @@ class Demo:
                 if each:
                     each(tasks)
                 now = datetime.now(UTC)
-                live.update(
-                    " ∥ ".join(f"{dag} · {_name(task)} {_age(task, now)}" for task in tasks if _works(task)) or dag
-                )
+                doing = " ∥ ".join(f"{dag} · {_name(task)} {_age(task, now)}" for task in tasks if _works(task)) or dag
+                live.update(doing)
+                # where there is no live line, a sign of life
+                if not self._console.is_terminal and time.monotonic() >= quiet_since + SIGN_OF_LIFE_SECONDS:
+                    quiet_since = time.monotonic()
+                    self._say(f"  … {doing}")
                 time.sleep(1)
 
     def release(self, airflow: Airflow, run_id: str) -> bool:
@@ -280,13 +286,15 @@ class Demo:
 
     def _show_verdict(self, verdict: dict[str, Any]) -> None:
         champion = verdict["champion"]
-        against = "popularity" if champion is None else f"release {champion}"
+        header = ["head", "AUC, fused, test slice", "95 % interval", "popularity"]
+        header += [] if champion is None else [f"release {champion}", "difference", "95 % interval"]
         rows = []
         for name, head in verdict["heads"].items():
-            other = head["popularity"] if champion is None else head["champion"]
-            interval = f"{head['low']:.4f} to {head['high']:.4f}"
-            rows.append([name, f"{head['auc']:.4f}", interval, f"{other:.4f}", f"{head['auc'] - other:+.4f}"])
-        header = ["head", "AUC, fused, test slice", "95 % interval", against, "difference"]
+            row = [name, f"{head['auc']:.4f}", _interval(head["low"], head["high"]), f"{head['popularity']:.4f}"]
+            if champion is not None and head["champion"] is not None:
+                difference = _interval(head["difference_low"], head["difference_high"], "+")
+                row += [f"{head['champion']:.4f}", f"{head['difference']:+.4f}", difference]
+            rows.append(row)
         self._table("the gate's verdict", header, rows)
         self._say(verdict["sentence"])
         for check in verdict["checks"]:
@@ -394,6 +402,10 @@ def some_users(examples: Path, count: int = 4) -> tuple[int, list[tuple[int, lis
     items = pl.read_parquet(examples / "items.parquet", columns=["item_id", "category", "title"])
     lines = {item: f"{title or f'item {item}'} [{category}]" for item, category, title in items.iter_rows()}
     return end_ms, list(users.select("user_id", "history_items").iter_rows()), lines
+
+
+def _interval(low: float, high: float, sign: str = "") -> str:
+    return f"{low:{sign}.4f} to {high:{sign}.4f}"
 
 
 def _parse_table(markdown: str) -> tuple[list[str], list[list[str]]]:
