@@ -286,7 +286,7 @@ class Demo:
 
     def _show_verdict(self, verdict: dict[str, Any]) -> None:
         champion = verdict["champion"]
-        header = ["head", "AUC, fused, test slice", "95 % interval", "popularity"]
+        header = ["head", "AUC of the head, test slice", "95 % interval", "popularity"]
         header += [] if champion is None else [f"release {champion}", "difference", "95 % interval"]
         rows = []
         for name, head in verdict["heads"].items():

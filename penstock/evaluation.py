@@ -15,6 +15,7 @@ from penstock.scoring import feed, score_rows
 from penstock.training import RECALL_LABEL
 
 DEPTHS = (50, 200)
+PRIOR = 20.0
 
 
 def recall_metrics(examples: Path, saved_model: Path) -> dict[str, dict]:
@@ -78,13 +79,16 @@ def _at_depths(ranked: np.ndarray, relevant: list[np.ndarray]) -> dict[str, floa
 def predict(examples: Path, saved_model: Path, part: str) -> pl.DataFrame:
     """A slice's rows with each head's probability, and what the gate compares by: popularity, new users and items.
 
-    Popularity is the item's smoothed long-view rate in the training slice.
+    An item's popularity for a label is its rate of that label in the training slice, smoothed by `PRIOR` impressions at
+    the mean rate; an item that was not there has the mean rate.
     """
     train, rows = read_slice(examples, "train"), read_slice(examples, part)
-    rate = train[RECALL_LABEL].cast(pl.Float64).to_numpy().mean()
-    strength = 20.0
+    rates = {label: train[label].cast(pl.Float64).to_numpy().mean() for label in LABELS}
     popularity = train.group_by("item_id").agg(
-        popularity=(pl.col(RECALL_LABEL).cast(pl.Float64).sum() + strength * rate) / (pl.len() + strength)
+        **{
+            f"popularity_{label}": (pl.col(label).cast(pl.Float64).sum() + PRIOR * rate) / (pl.len() + PRIOR)
+            for label, rate in rates.items()
+        }
     )
     scores = score_rows(saved_model, rows)
     keys = ["event_id", "user_id", "item_id", "event_time", "scenario", *LABELS]
@@ -93,7 +97,7 @@ def predict(examples: Path, saved_model: Path, part: str) -> pl.DataFrame:
         .with_columns(**{f"p_{label}": pl.Series(scores[label]) for label in LABELS})
         .join(popularity, "item_id", how="left", maintain_order="left")
         .with_columns(
-            pl.col("popularity").fill_null(rate),
+            *(pl.col(f"popularity_{label}").fill_null(rate) for label, rate in rates.items()),
             new_user=~pl.col("user_id").is_in(train["user_id"].unique().implode()),
             new_item=~pl.col("item_id").is_in(train["item_id"].unique().implode()),
         )

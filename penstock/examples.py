@@ -21,6 +21,7 @@ import polars as pl
 from penstock.events import LABELS
 
 PADDING, UNKNOWN, FIRST = 0, 1, 2
+LIMIT = 5.0
 MISSING = -1
 """The raw id that stands for no value: lists are padded with it."""
 
@@ -33,7 +34,8 @@ class Feature:
 
     Attributes:
         kind: `id`, one categorical id; `ids`, a list of them; `count`, a number ≥ 0 with a long tail, taken as
-            log(1 + x); `number`, any other number. Numbers are standardised by the training slice.
+            log(1 + x); `number`, any other number. Numbers are standardised by the training slice and clipped to
+            ±`LIMIT`, so that a value unlike any in training (a clock far ahead, say) does not drown the rest.
         vocabulary: the name of the id space, so that features can share embeddings.
         length: how many of the last ids of a list are kept.
         minimum: how often an id must occur in the training slice to be known.
@@ -122,7 +124,7 @@ class Schema:
             values = column.cast(pl.Float64).fill_null(0.0).fill_nan(0.0).to_numpy()
             mean, deviation = self.scales[feature.name]
             values = np.log1p(np.maximum(values, 0.0)) if feature.kind == "count" else values
-            return ((values - mean) / deviation).astype(np.float32)
+            return np.clip((values - mean) / deviation, -LIMIT, LIMIT).astype(np.float32)
         raw = pad(column, feature.length) if feature.kind == "ids" else column.fill_null(MISSING).to_numpy()
         return encode_ids(raw, self.vocabularies[feature.vocabulary])
 

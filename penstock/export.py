@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import tensorflow as tf
 
-from penstock.examples import FIRST, PADDING, UNKNOWN, Feature, Schema
+from penstock.examples import FIRST, LIMIT, PADDING, UNKNOWN, Feature, Schema
 from penstock.index import top_k
 from penstock.retrieval import Retrieval
 
@@ -45,7 +45,7 @@ class _Encoder(tf.Module):
             mean, deviation = self._scales[feature.name]
             raw = tf.math.log1p(tf.maximum(raw, 0.0)) if feature.kind == "count" else raw
             value = (raw - mean) / deviation
-            return tf.where(tf.math.is_finite(value), value, 0.0)
+            return tf.clip_by_value(tf.where(tf.math.is_finite(value), value, 0.0), -LIMIT, LIMIT)
         if feature.kind == "ids":
             raw = _tail(raw, feature.length)
         vocabulary = self._vocabularies[feature.vocabulary]

@@ -290,13 +290,13 @@ def _weigh(checks: list[Check], evidence: Evidence, champion: Champion | None, p
             return _verdict(checks, evidence, policy)
     else:
         opponents["single head"] = heads[evidence.single_head]
-    opponents["popularity"] = rows["popularity"].cast(pl.Float64).to_numpy()
-
     ranking = _Ranking(rows, policy)
     for name, scores in {"candidate": fused, **opponents}.items():
         ranking.add(name, scores)
     for label in LABELS:
         ranking.add("head", heads[label], [label])
+        # each label's own rate: the hardest bar that knows nothing of the user
+        ranking.add("popularity", rows[f"popularity_{label}"].cast(pl.Float64).to_numpy(), [label])
         if champion:
             ranking.add("champion head", champion.heads[label], [label])
     ranking.draw()
@@ -316,7 +316,7 @@ def _weigh(checks: list[Check], evidence: Evidence, champion: Champion | None, p
         policy,
         fused={
             name: {label: ranking.values[name, label] for label in LABELS} | dataclasses.asdict(ranking.mean(name))
-            for name in ("candidate", *opponents)
+            for name in ("candidate", *opponents, "popularity")
         },
         heads=table,
         slices=tuple(slices),
@@ -444,7 +444,8 @@ def gather(examples: Path, recall: Path, rank: Path, weights: Path, champion: Pa
     figures = json.loads((recall / "metrics.json").read_text())["test"]
     items = pl.scan_parquet(recall / "items.parquet").select(pl.len()).collect().item()
     predictions = pl.read_parquet(rank / "predictions" / "test.parquet")
-    needed = {"event_id", "user_id", "scenario", "popularity", "new_user", "new_item", *LABELS}
+    needed = {"event_id", "user_id", "scenario", "new_user", "new_item", *LABELS}
+    needed |= {f"popularity_{label}" for label in LABELS}
     needed |= {f"p_{label}" for label in LABELS}
     missing = sorted(needed - set(predictions.columns))
     if missing:

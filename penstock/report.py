@@ -372,7 +372,7 @@ def _roc(material: _Material, label: str) -> Figure:
     figure = Figure(figsize=(3.3, 3.5), layout="constrained")
     axes = _square(figure, f"{label}: ROC")
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
-    popularity = ("popularity", POPULARITY, ":", material.test["popularity"].to_numpy())
+    popularity = ("popularity", POPULARITY, ":", material.test[f"popularity_{label}"].to_numpy())
     for name, colour, line, scores in [*_scorers(material, label), popularity]:
         curve = metrics.roc(labels, scores)
         keep = np.unique(np.linspace(0, curve.true_positive_rate.size - 1, 200).astype(int))

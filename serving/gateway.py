@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
@@ -134,7 +135,8 @@ def create_app(settings: Settings) -> FastAPI:
         recommender.close()
         log.close()
 
-    app = FastAPI(title="Penstock", summary="Recommendations, and what users did with them", lifespan=lifespan)
+    # its page of the API needs no script from elsewhere
+    app = FastAPIOffline(title="Penstock", summary="Recommendations, and what users did with them", lifespan=lifespan)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(UnavailableError, _unavailable)

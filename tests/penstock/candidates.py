@@ -70,11 +70,11 @@ def _slice(name: str, rows: int, first_day: int, noise: float, generator: np.ran
         "item_id": generator.integers(0, 200, rows),
         "event_time": [START + timedelta(days=first_day, seconds=172_000 * at / max(rows, 1)) for at in range(rows)],
         "scenario": generator.integers(0, 3, rows),
-        "popularity": _sigmoid(-0.8 + 0.25 * shared + 0.5 * generator.normal(size=rows)),
         "new_user": generator.random(rows) < 0.2,
         "new_item": generator.random(rows) < 0.02,
     }
     for label in LABELS:
+        columns[f"popularity_{label}"] = _sigmoid(BASE[label] + 0.25 * shared + 0.5 * generator.normal(size=rows))
         logit = BASE[label] + 1.2 * (0.8 * shared + 0.6 * generator.normal(size=rows))
         columns[label] = (generator.random(rows) < _sigmoid(logit)).astype(np.int8)
         columns[f"p_{label}"] = _sigmoid(logit + noise * generator.normal(size=rows))
@@ -98,7 +98,7 @@ def write_candidate(root: Path, *, rows: int = 5000, noise: float = 0.3, seed: i
             found.examples / f"{name}.parquet"
         )
     for name in ("validation", "test"):
-        extra = [*(f"p_{label}" for label in LABELS), "popularity", "new_user", "new_item"]
+        extra = [*(f"{kind}_{label}" for kind in ("p", "popularity") for label in LABELS), "new_user", "new_item"]
         slices[name].select(*truth, *extra).write_parquet(found.rank / "predictions" / f"{name}.parquet")
     days = {"train_start": 0, "train_end": 2, "validation_end": 4, "test_end": 6}
     window = {name: (START + timedelta(days=day)).isoformat() for name, day in days.items()}

@@ -75,6 +75,12 @@ def test_numbers_are_standardised_and_missing_ones_are_zero_first(examples):
     assert null == zero
 
 
+def test_a_number_unlike_any_in_training_is_held_within_the_limit(examples):
+    schema = Schema.load(examples / "schema")
+    age = next(feature for feature in FEATURES if feature.name == "item_age_hours")
+    np.testing.assert_array_equal(schema.encode(age, pl.Series([1e30])), [5.0])
+
+
 def test_a_short_log_and_a_lost_column_are_refused(tmp_path):
     with pytest.raises(ValueError, match="slice is empty"):
         write_examples(joined_rows(), catalogue(), tmp_path, validation_days=4, test_days=5)

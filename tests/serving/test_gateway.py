@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -311,3 +312,13 @@ def test_the_command_says_why_it_does_not_start(
     assert "another gateway writes feedback here" in run_command(monkeypatch, "--home", home, "--port", "0")
     monkeypatch.setenv("PENSTOCK_MODEL_SERVER", "nowhere")
     assert "PENSTOCK_MODEL_SERVER is host:port" in run_command(monkeypatch, "--home", home)
+
+
+def test_the_page_of_the_api_loads_from_this_machine_alone(gateway: httpx.Client) -> None:
+    page = gateway.get("/docs")
+    assert page.status_code == 200
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert sources
+    for source in sources:
+        assert source.startswith("/"), source
+        assert gateway.get(source).status_code == 200
