@@ -113,7 +113,7 @@ def release() -> None:
         where = [f"Report: `{found['report']}`"]
         if link := tracking.run_url(tracking_uri(), found["run_id"]):
             where.append(f"MLflow: [run {found['run_id']}]({link})")
-        body = [verdict["sentence"], verdict_table(verdict), *where]
+        body = [verdict_table(verdict), *where]
         return found | {"champion": live, "body": "\n\n".join(body)}
 
     approve = ApprovalOperator(
@@ -187,7 +187,8 @@ def release() -> None:
     approve_promotion = ApprovalOperator(
         task_id="approve_promotion",
         subject="Promote release {{ ti.xcom_pull(task_ids='build') }} from canary to everybody?",
-        body="{{ ti.xcom_pull(task_ids='candidate')['body'] }}\n\nOnline so far:\n\n"
+        body="{{ ti.xcom_pull(task_ids='candidate')['sentence'] }}\n\n"
+        "{{ ti.xcom_pull(task_ids='candidate')['body'] }}\n\nOnline so far:\n\n"
         "{{ ti.xcom_pull(task_ids='evidence') }}",
         assigned_users=APPROVERS,
         defaults=ApprovalOperator.REJECT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,10 @@ class _Material:
 
 
 def write_report(examples: Path, recall: Path, rank: Path, weights: Path, verdict: Path, out: Path) -> Record:
-    """Writes the report on a judged candidate to the file `out`, and returns what to record of it.
+    """Writes the report on a judged candidate to the file `out`, each of its pictures to `figures/` beside it too.
+
+    Returns:
+        What to record of the candidate.
 
     Raises:
         OSError: an artifact is missing.
@@ -126,11 +130,19 @@ def write_report(examples: Path, recall: Path, rank: Path, weights: Path, verdic
     material = _read(examples, recall, rank, weights, verdict)
     out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(_RC):
-        out.write_text(_page(material), encoding="utf-8")
+        page = _page(material)
+    out.write_text(page, encoding="utf-8")
+    pictures = out.parent / "figures"
+    pictures.mkdir(exist_ok=True)
+    for picture, says in re.findall(
+        r'<figure>(<svg role="img" aria-label="([^"]+)".*?</svg>)\s*</figure>', page, re.DOTALL
+    ):
+        name = re.sub(r"\W+", "_", says).lower()
+        (pictures / f"{name}.svg").write_text(picture, encoding="utf-8")
     return Record(
         params=_parameters(material),
         metrics=_figures(material),
-        files=(out, verdict / "verdict.json", weights / "weights.json"),
+        files=(out, pictures, verdict / "verdict.json", weights / "weights.json"),
     )
 
 

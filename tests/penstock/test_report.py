@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import polars as pl
 import pytest
@@ -147,8 +148,13 @@ def test_the_record_holds_parameters_and_finite_figures(candidate: Artifacts, ch
     assert record.metrics["head/like/champion"] == verdict["heads"]["like"]["champion"]
     assert record.metrics["recall/popularity/test/recall@50"] == 0.22
     assert all(re.fullmatch(r"[\w@/.-]+", name) for name in record.metrics)
-    assert [path.name for path in record.files] == ["report.html", "verdict.json", "weights.json"]
-    assert all(path.is_file() for path in record.files)
+    assert [path.name for path in record.files] == ["report.html", "figures", "verdict.json", "weights.json"]
+    assert all(path.exists() for path in record.files)
+    pictures = sorted(path.name for path in record.files[1].iterdir())
+    assert {"auc_of_each_head_with_its_interval.svg", "roc_of_click.svg", "calibration_of_like.svg"} <= set(pictures)
+    assert len(pictures) == record.files[0].read_text().count("<figure>")
+    for picture in record.files[1].iterdir():
+        assert ElementTree.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_text_from_artifacts_is_escaped(candidate: Artifacts) -> None:
