@@ -55,7 +55,7 @@ def test_gate_and_report_follow_each_other(candidate: Artifacts, tmp_path: Path)
     assert run.data.params["rank.model"] == "mmoe"
     assert run.data.metrics["approved"] == 1
     names = {found.path for found in MlflowClient(tracking).list_artifacts(run_id)}
-    assert names == {"report.html", "verdict.json", "weights.json"}
+    assert names == {"report.html", "figures", "verdict.json", "weights.json"}
 
 
 def test_a_rejection_is_an_answer_and_not_a_failure(candidate: Artifacts, tmp_path: Path) -> None:
