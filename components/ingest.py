@@ -16,14 +16,10 @@ def ingest(source: str, options: str, feedback: str, log: dsl.Output[dsl.Dataset
     from pathlib import Path
 
     from penstock import config, module
-    from penstock.events import write_events
-    from penstock.feedback import read_feedback
+    from penstock.feedback import append_feedback
 
     start = time.monotonic()
     dataset = module("datasets", source)
     dataset.write_log(config(dataset, json.loads(options or "{}")), Path(log.path))
-    told = read_feedback(Path(feedback)) if feedback and Path(feedback).is_dir() else None
-    if told is not None:
-        write_events(told, Path(log.path), "feedback")
-    rows = 0 if told is None else told.height
+    rows = append_feedback(Path(log.path), Path(feedback)) if feedback else 0
     print(f"ingest: {source} and {rows:,} rows of feedback in {time.monotonic() - start:.1f} s")

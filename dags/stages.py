@@ -11,8 +11,8 @@ from airflow.sdk import get_current_context
 
 
 def home() -> Path:
-    """PENSTOCK_HOME, by default `var` in the repository."""
-    return Path(os.environ.get("PENSTOCK_HOME") or Path(__file__).resolve().parents[1] / "var").resolve()
+    """PENSTOCK_HOME, by default `var/current` in the repository."""
+    return Path(os.environ.get("PENSTOCK_HOME") or Path(__file__).resolve().parents[1] / "var" / "current").resolve()
 
 
 def tracking_uri() -> str:

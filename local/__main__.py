@@ -30,12 +30,12 @@ def main() -> int:
     commands.add_parser("status", help="what runs")
     commands.add_parser("serve", help="run them in this process")
     demo = commands.add_parser("demo", help="the whole loop, from a log to live recommendations")
-    demo.add_argument("--data", default="none", help="a log or a data set; none: the simulator")
+    demo.add_argument("--data", default="", help="a log or a data set; by default the simulator")
     demo.add_argument("--keep", type=int, choices=(0, 1), default=1, help="0: stop everything at the end")
     demo.add_argument("--options", type=json.loads, default={}, help="settings of the simulator, as JSON")
     arguments = parser.parse_args()
     try:
-        place = Place.from_environment()
+        place = Place.from_environment(data=arguments.data if arguments.command == "demo" else None)
         if arguments.command == "serve":
             return supervisor.serve(place)
         if arguments.command == "status":

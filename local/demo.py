@@ -51,7 +51,7 @@ def source_of(data: str, place: Place, options: dict[str, Any]) -> Source:
     Raises:
         LocalError: it is none of these.
     """
-    if data in ("", "none"):
+    if not data:
         days = int(options.get("days", DAYS)) + lived(place)
         return Source("simulator", options | {"days": days}, day=days)
     path = Path(data).resolve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+HOMES = ROOT / "var"
+CURRENT = HOMES / "current"
 HOST = "127.0.0.1"
 USERS = {"admin": "admin", "viewer": "viewer"}
 PORTS = {
@@ -22,6 +25,16 @@ PORTS = {
     "model server (gRPC)": ("PENSTOCK_GRPC_PORT", 8500),
     "model server (REST)": ("PENSTOCK_REST_PORT", 8501),
 }
+
+
+def _default_home(data: str | None) -> Path:
+    if data is None and CURRENT.exists():
+        return CURRENT
+    if not data:
+        return HOMES / "simulator"
+    path = Path(data).resolve()
+    # two logs of one name in two places are two logs
+    return HOMES / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 
 
 class LocalError(RuntimeError):
@@ -37,8 +50,11 @@ class Place:
     model_server: str = ""
 
     @staticmethod
-    def from_environment(environment: Mapping[str, str] = os.environ) -> Place:
+    def from_environment(environment: Mapping[str, str] = os.environ, data: str | None = None) -> Place:
         """By PENSTOCK_HOME, PENSTOCK_*_PORT and PENSTOCK_MODEL_SERVER.
+
+        Without PENSTOCK_HOME each data set has a home of its own, as models and feedback of one mean nothing for
+        another: `data` is its path, "" the simulator, and None whichever was started last.
 
         Raises:
             LocalError: a port is no port, or two services have the same.
@@ -51,11 +67,18 @@ class Place:
             if other := next((name for name, port in ports.items() if port == int(text)), None):
                 raise LocalError(f"{variable}={text} is the port of {other} too; give each its own")
             ports[service] = int(text)
-        home = Path(environment.get("PENSTOCK_HOME") or ROOT / "var").resolve()
+        home = Path(environment.get("PENSTOCK_HOME") or _default_home(data)).resolve()
         return Place(home, ports, environment.get("PENSTOCK_MODEL_SERVER", ""))
 
     def url(self, service: str) -> str:
         return f"http://{HOST}:{self.ports[service]}"
+
+    def make_current(self) -> None:
+        """Points `var/current` here, if this is one of the default homes: what commands without a home mean."""
+        if self.home.parent == HOMES:
+            temporary = HOMES / f".current-{os.getpid()}"
+            temporary.symlink_to(self.home.name)
+            temporary.replace(CURRENT)
 
     @property
     def own_ports(self) -> dict[str, int]:

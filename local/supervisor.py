@@ -76,6 +76,7 @@ class Supervisor:
         self._set("starting")
         stop_leftovers(self._home, self._say)
         place.check_ports()
+        place.make_current()
         self._prepare()
         mlflow = self._home / "mlflow"
         stores = {"backend-store-uri": f"sqlite:///{mlflow}/mlflow.db", "artifacts-destination": f"{mlflow}/artifacts"}

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import polars as pl
 
-from penstock.events import EVENTS, TIME, conform
+from penstock.events import EVENTS, TIME, USERS, conform, read_table, write_events
 
 OUTCOMES = ("click", "long_view", "like", "profile_enter", "watch_time_ms")
 MAX_SLATE = 128
@@ -158,6 +158,28 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError as error:
                 raise FeedbackError(f"{path}, line {number}: not a feedback record; move the file away") from error
+
+
+def append_feedback(log: Path, directory: Path) -> int:
+    """Adds the feedback to a log as its part "feedback"; the number of rows.
+
+    Whoever the gateway answered from a cold start gets a row in the users table that says nothing but the id: the
+    log's own rule is that every event is of a known user.
+    """
+    rows = read_feedback(directory)
+    if rows.is_empty():
+        return 0
+    write_events(rows, log, "feedback")
+    users = read_table(log / "users.parquet", USERS)
+    new = (
+        rows.filter(~pl.col("user_id").is_in(users["user_id"].implode()))
+        .group_by("user_id", maintain_order=True)
+        .agg(pl.col("event_time", "created_time").min())
+        .with_columns(pl.lit(0, pl.Int64).alias(name) for name in USERS.names("attribute") if name != "traits")
+        .with_columns(traits=pl.lit([], pl.List(pl.Int64)))
+    )
+    pl.concat([users, new.select(*USERS.schema)]).write_parquet(log / "users.parquet")
+    return rows.height
 
 
 def read_feedback(directory: Path) -> pl.DataFrame:

@@ -44,7 +44,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
     if not host or not port.isdecimal():
         raise SettingsError(f"PENSTOCK_MODEL_SERVER is host:port of a gRPC API, not {address!r}")
     return Settings(
-        home=Path(environment.get("PENSTOCK_HOME") or ROOT / "var").resolve(),
+        home=Path(environment.get("PENSTOCK_HOME") or ROOT / "var" / "current").resolve(),
         model_server=address,
         gateway_port=_port(environment, "PENSTOCK_GATEWAY_PORT", 8000),
     )

@@ -48,7 +48,7 @@ def airflow(place: Place) -> Iterator[Airflow]:
 def told(place: Place) -> str:
     """The first round of the demo, which promotes the first release; what it said on the screen."""
     screen = io.StringIO()
-    demo = Demo(place, source_of("none", place, SMALL), Console(file=screen, width=120))
+    demo = Demo(place, source_of("", place, SMALL), Console(file=screen, width=120))
     code = demo.run(fresh=True)
     print(screen.getvalue())
     assert code == 0
@@ -57,7 +57,7 @@ def told(place: Place) -> str:
 
 @pytest.fixture(scope="module")
 def demo(place: Place, told: str) -> Demo:
-    return Demo(place, source_of("none", place, SMALL), Console(file=io.StringIO()))
+    return Demo(place, source_of("", place, SMALL), Console(file=io.StringIO()))
 
 
 def live(place: Place) -> routing.Routing:
@@ -121,7 +121,7 @@ def test_what_the_audience_did_is_kept_for_the_next_log(place: Place, told: str)
     assert set(rows["release"]) == {1}
     assert 0 < rows["click"].sum() < rows.height
     # the day after the log, which the next round simulates
-    assert source_of("none", place, SMALL).options["days"] == SMALL["days"] + 1
+    assert source_of("", place, SMALL).options["days"] == SMALL["days"] + 1
 
 
 def test_mlflow_knows_run_and_champion(place: Place, told: str) -> None:

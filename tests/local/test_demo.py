@@ -21,7 +21,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def test_without_data_the_simulator_is_a_day_older_for_each_day_lived(place: Place) -> None:
-    first = source_of("none", place, {"users": 5})
+    first = source_of("", place, {"users": 5})
     assert (first.name, first.options, first.day) == ("simulator", {"users": 5, "days": DAYS}, DAYS)
     remember_day(place)
     remember_day(place)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from local.place import PORTS, LocalError, Place, write_private
+from local.place import HOMES, PORTS, LocalError, Place, write_private
 
 
 @pytest.fixture
@@ -24,6 +24,28 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
     assert place.home == tmp_path
     assert place.ports == {name: default for name, (_, default) in PORTS.items()} | {"mlflow": 5001}
     assert place.url("mlflow") == "http://127.0.0.1:5001"
+
+
+def test_each_data_set_has_a_home_of_its_own(tmp_path: Path) -> None:
+    homes = [
+        Place.from_environment({}, data).home for data in ("", str(tmp_path / "a" / "log"), str(tmp_path / "b" / "log"))
+    ]
+    assert homes[0].name == "simulator"
+    assert homes[1].name.startswith("log-")
+    assert len(set(homes)) == 3
+    assert {home.parent for home in homes} == {HOMES}
+    assert Place.from_environment({"PENSTOCK_HOME": str(tmp_path)}, "log").home == tmp_path
+
+
+def test_commands_without_a_home_mean_the_one_started_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("local.place.HOMES", tmp_path)
+    monkeypatch.setattr("local.place.CURRENT", tmp_path / "current")
+    assert Place.from_environment({}).home == tmp_path / "simulator"
+    for data in (str(tmp_path / "log"), ""):
+        started = Place.from_environment({}, data)
+        started.home.mkdir()
+        started.make_current()
+        assert Place.from_environment({}).home == started.home
 
 
 @pytest.mark.parametrize("text", ["http", "0", "65536", "-1"])

@@ -7,8 +7,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from penstock.events import EVENTS
-from penstock.feedback import FeedbackError, FeedbackLog, new_request_id, read_feedback
+from penstock.events import EVENTS, USERS, read_events, read_table
+from penstock.feedback import FeedbackError, FeedbackLog, append_feedback, new_request_id, read_feedback
+from tests.small_log import an_event, write_log
 
 NOON_MS = 1_650_000_000_000
 SLATE: dict[str, Any] = {"time_ms": NOON_MS, "scenario": 1, "device": 2, "release": 3, "variant": "champion"}
@@ -103,3 +104,23 @@ def test_request_ids_survive_javascript() -> None:
     ids = {new_request_id() for _ in range(1000)}
     assert len(ids) == 1000
     assert all(2**52 <= number < 2**53 and int(float(number)) == number for number in ids)
+
+
+def test_feedback_joins_the_log_and_so_do_users_it_did_not_know(tmp_path: Path) -> None:
+    write_log(tmp_path / "log", [an_event(0, 1, 10, datetime(2022, 4, 15, tzinfo=UTC))])
+    with FeedbackLog(tmp_path / "feedback") as log:
+        for request, user in ((11, 1), (12, 77), (13, 77)):
+            log.impressions(request, user, [10, 20], **SLATE)
+    before = read_table(tmp_path / "log" / "users.parquet", USERS)
+    assert append_feedback(tmp_path / "log", tmp_path / "feedback") == 6
+    users = read_table(tmp_path / "log" / "users.parquet", USERS)
+    assert users.head(before.height).equals(before)
+    assert users["user_id"].to_list() == [*before["user_id"], 77]
+    assert users.row(-1, named=True)["traits"] == []
+    assert read_events(tmp_path / "log").height == 1 + 6
+
+
+def test_no_feedback_changes_nothing(tmp_path: Path) -> None:
+    write_log(tmp_path / "log", [an_event(0, 1, 10, datetime(2022, 4, 15, tzinfo=UTC))])
+    assert append_feedback(tmp_path / "log", tmp_path / "absent") == 0
+    assert read_events(tmp_path / "log").height == 1

@@ -9,7 +9,7 @@ from serving.settings import ROOT, SettingsError, from_environment
 
 def test_without_an_environment_everything_is_local() -> None:
     settings = from_environment({})
-    assert (settings.home, settings.model_server) == (ROOT / "var", "127.0.0.1:8500")
+    assert (settings.home, settings.model_server) == ((ROOT / "var" / "current").resolve(), "127.0.0.1:8500")
     assert (settings.host, settings.gateway_port) == ("127.0.0.1", 8000)
 
 
