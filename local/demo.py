@@ -88,11 +88,11 @@ def run(place: Place, data: str, *, keep: bool, options: dict[str, Any] | None =
     Raises:
         LocalError: something a person has to do first, or a DAG failed.
     """
+    source = source_of(data, place, options or {})
     with supervisor.locked(place.home, "demo.lock") as free:
         if not free:
             other = (place.home / "demo.lock").read_text().strip()
             raise LocalError(f"a demo runs on {place.home} already (process {other}): wait for its end, or stop it")
-        source = source_of(data, place, options or {})
         console = Console(highlight=False)
         if not console.is_terminal:
             console = Console(highlight=False, width=120)

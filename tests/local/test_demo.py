@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from local import supervisor
-from local.demo import DAYS, decide, remember_day, some_users, source_of
+from local.demo import DAYS, decide, remember_day, run, some_users, source_of
 from local.place import ROOT, LocalError, Place
 
 
@@ -89,3 +89,10 @@ def test_a_second_demo_says_that_one_runs(place: Place) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "already (process" in done.stderr
+
+
+def test_data_that_is_none_leaves_no_home_behind(tmp_path: Path) -> None:
+    place = Place(tmp_path / "home", {})
+    with pytest.raises(LocalError, match="no such directory"):
+        run(place, str(tmp_path / "nowhere"), keep=False)
+    assert not place.home.exists()
