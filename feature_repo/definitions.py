@@ -87,7 +87,7 @@ def define(home: Path) -> Definitions:
     return Definitions(tuple(entities.values()), tuple(sources.values()), tuple(views.values()), tuple(services))
 
 
-_all = define(Path(os.environ.get("PENSTOCK_HOME", ROOT / "var")))
+_all = define(Path(os.environ.get("PENSTOCK_HOME", ROOT / "var" / "current")))
 user, item = _all.entities
 user_profile, user_history, user_activity, item_profile, item_statistics = _all.views
 recall_v1, rank_v1 = _all.services

@@ -26,7 +26,6 @@ from local.place import LocalError, Place
 Task = dict[str, Any]
 
 APPROVER = "admin"
-OUTCOMES = ("click", "long_view", "like", "profile_enter", "watch_time_ms")
 DAYS = 14
 VISITS = 600
 SHARE = 0.2
@@ -355,6 +354,8 @@ class Traffic:
         )
 
     def _visit(self, client: httpx.Client, user: int, time_ms: int, device: int, scenario: int) -> tuple[int, int]:
+        from penstock.feedback import OUTCOMES
+
         context = {"time_ms": time_ms, "device": device, "scenario": scenario}
         answer = client.post("/recommend", json={"user_id": user, "k": 10, "context": context})
         if answer.is_error:

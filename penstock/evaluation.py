@@ -11,11 +11,11 @@ import tensorflow as tf
 from penstock import metrics
 from penstock.events import LABELS
 from penstock.examples import pad, read_slice
+from penstock.features import HISTORY_LENGTH, PRIOR_IMPRESSIONS
 from penstock.scoring import feed, score_rows
 from penstock.training import RECALL_LABEL
 
 DEPTHS = (50, 200)
-PRIOR = 20.0
 
 
 def recall_metrics(examples: Path, saved_model: Path) -> dict[str, dict]:
@@ -63,7 +63,7 @@ def retrieve(signature: tf.types.experimental.ConcreteFunction, queries: pl.Data
 
 def _popular(queries: pl.DataFrame, popular: np.ndarray, k: int) -> np.ndarray:
     """The `k` most popular ids that are not in each row's history, padded with -1."""
-    histories = pad(queries["history_items"], 50)
+    histories = pad(queries["history_items"], HISTORY_LENGTH)
     wide = popular[: k + histories.shape[1]]
     seen = (wide[None, :, None] == histories[:, None, :]).any(axis=2)
     order = np.argsort(seen, axis=1, kind="stable")[:, :k]
@@ -79,14 +79,15 @@ def _at_depths(ranked: np.ndarray, relevant: list[np.ndarray]) -> dict[str, floa
 def predict(examples: Path, saved_model: Path, part: str) -> pl.DataFrame:
     """A slice's rows with each head's probability, and what the gate compares by: popularity, new users and items.
 
-    An item's popularity for a label is its rate of that label in the training slice, smoothed by `PRIOR` impressions at
+    An item's popularity for a label is its rate of that label in the training slice, smoothed by `PRIOR_IMPRESSIONS` at
     the mean rate; an item that was not there has the mean rate.
     """
     train, rows = read_slice(examples, "train"), read_slice(examples, part)
     rates = {label: train[label].cast(pl.Float64).to_numpy().mean() for label in LABELS}
     popularity = train.group_by("item_id").agg(
         **{
-            f"popularity_{label}": (pl.col(label).cast(pl.Float64).sum() + PRIOR * rate) / (pl.len() + PRIOR)
+            f"popularity_{label}": (pl.col(label).cast(pl.Float64).sum() + PRIOR_IMPRESSIONS * rate)
+            / (pl.len() + PRIOR_IMPRESSIONS)
             for label, rate in rates.items()
         }
     )

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from penstock.events import LABELS
+from penstock.features import HISTORY_LENGTH
 
 PADDING, UNKNOWN, FIRST = 0, 1, 2
 LIMIT = 5.0
@@ -62,7 +63,7 @@ FEATURES = (
     _id("activity_level", "user"),
     _id("is_creator", "user"),
     _ids("traits", "user", "traits", 32),
-    _ids("history_items", "user", "item_id", 50),
+    _ids("history_items", "user", "item_id", HISTORY_LENGTH),
     Feature("register_days", "user", "count"),
     Feature("follow_count", "user", "count"),
     Feature("fans_count", "user", "count"),

@@ -26,7 +26,7 @@ import polars as pl
 
 from penstock.events import EVENTS, TIME, USERS, conform, read_table, write_events
 
-OUTCOMES = ("click", "long_view", "like", "profile_enter", "watch_time_ms")
+OUTCOMES = tuple(EVENTS.names("label"))
 MAX_SLATE = 128
 """Longest slate: event ids are request_id * 128 + position, which fits 63 bits as request ids are below 2**53."""
 

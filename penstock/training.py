@@ -16,7 +16,7 @@ import polars as pl
 import tensorflow as tf
 
 import penstock
-from penstock.examples import Schema, labels_of, read_slice
+from penstock.examples import Schema, encode_ids, labels_of, read_slice
 from penstock.optimizers import Adam
 
 RECALL_LABEL = "long_view"
@@ -125,16 +125,17 @@ def train_recall(examples: Path, name: str, overrides: Mapping[str, Any], seed: 
     schema = Schema.load(examples / "schema")
     keras.utils.set_random_seed(seed)
     model = build_recall(name, config, schema, examples, seed)
-    parts = {part: _positives(examples, part, schema) for part in ("train", "validation")}
-    known = {
-        part: {tensor.name: rows[0][tensor.name] for tensor in model.query_tower.inputs} for part, rows in parts.items()
-    }
-    check(known["train"], {})
+    names = [tensor.name for tensor in model.query_tower.inputs]
+    sets = {}
+    for part in ("train", "validation"):
+        rows = _positives(examples, part, schema)
+        encoded = schema.encode_rows(rows, "user")
+        sets[part] = ({name: encoded[name] for name in names}, _items(rows, schema))
+    check(sets["train"][0], {})
     model.compile(Adam(config.settings.learning_rate))
     size = config.settings.batch_size
-    train = batches(known["train"], parts["train"][1], size, shuffle_seed=seed)
-    validation = batches(known["validation"], parts["validation"][1], size)
-    history = fit(model, train, validation, config.settings)
+    train = batches(*sets["train"], size, shuffle_seed=seed)
+    history = fit(model, train, batches(*sets["validation"], size), config.settings)
     _write(out, model, name, config, seed, history)
 
 
@@ -166,7 +167,7 @@ def train_rank(examples: Path, name: str, overrides: Mapping[str, Any], seed: in
 
 def build_recall(name: str, config: Any, schema: Schema, examples: Path, seed: int) -> Any:
     """A recall model with the positives of the training slice as its sampler's counts."""
-    indices = _positives(examples, "train", schema)[1]
+    indices = _items(_positives(examples, "train", schema), schema)
     counts = np.bincount(indices, minlength=schema.size("item_id"))
     return penstock.module("recall", name).build(config, schema, counts, seed)
 
@@ -192,14 +193,18 @@ def load_rank(examples: Path, trained: Path) -> tuple[keras.Model, Schema]:
     return model, schema
 
 
-def _positives(examples: Path, part: str, schema: Schema) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """User features and item index of each long view of a known item."""
+def _positives(examples: Path, part: str, schema: Schema) -> pl.DataFrame:
+    """The long views of known items."""
     rows = read_slice(examples, part).filter(pl.col(RECALL_LABEL) == 1)
     rows = rows.filter(pl.col("item_id").is_in(schema.vocabularies["item_id"].tolist()))
     if rows.is_empty():
         raise TrainingError(f"the {part} slice has no {RECALL_LABEL} of a known item: recall has nothing to learn")
-    item = next(feature for feature in schema.features if feature.name == "item_id")
-    return schema.encode_rows(rows, "user"), schema.encode(item, rows["item_id"])
+    return rows
+
+
+def _items(rows: pl.DataFrame, schema: Schema) -> np.ndarray:
+    """The item index of each row, `[rows]`."""
+    return encode_ids(rows["item_id"].to_numpy(), schema.vocabularies["item_id"])
 
 
 def _write(out: Path, model: keras.Model, name: str, config: Any, seed: int, history: list[dict[str, float]]) -> None:
