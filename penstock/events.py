@@ -66,6 +66,9 @@ def _attribute(name: str, description: str, *, maximum: int | None = None) -> Co
 
 
 _CREATED = Column("created_time", TIME, "time", "when the row arrived: nothing may use it earlier")
+_OUTCOME = Column(
+    "outcome_time", TIME, "time", "when what the user did arrived; null = with the row itself", nullable=True
+)
 
 EVENTS = Table(
     "events",
@@ -76,6 +79,7 @@ EVENTS = Table(
         _id("item_id", "what was shown"),
         Column("event_time", TIME, "time", "when it was shown"),
         _CREATED,
+        _OUTCOME,
         Column("session_id", pl.Int64(), "context", "the log's own session, if it has one", nullable=True, minimum=0),
         Column("scenario", pl.Int64(), "context", "surface of the product (tab, page)", minimum=0, maximum=1000),
         Column("device", pl.Int64(), "context", "device class; 0 = unknown", minimum=0, maximum=1000),
@@ -89,6 +93,13 @@ EVENTS = Table(
             "release", pl.Int64(), "provenance", "release that answered; null = not Penstock", nullable=True, minimum=1
         ),
         Column("variant", pl.String(), "provenance", "champion or challenger; null = not Penstock", nullable=True),
+        Column(
+            "features_time",
+            TIME,
+            "provenance",
+            "newest snapshot that the answer could use of features made by the hour; null = not Penstock",
+            nullable=True,
+        ),
     ),
 )
 
