@@ -14,10 +14,14 @@ INDEX = $(or $(UV_DEFAULT_INDEX),$(shell $(PYTHON) -m pip config get global.inde
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
+# What the tests of the feature stores start themselves, on ports and in directories of their own.
+SERVERS := redis-server postgresql openjdk-17-jre-headless
+HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgresql/*/bin/postgres
+
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup demo up down status test check lock clean
+.PHONY: setup servers demo up down status test check lock clean
 
 setup: $(READY)
 
@@ -29,11 +33,22 @@ $(UV):
 	@build/uv/bin/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION)
 
 $(READY): requirements.lock | $(UV)
-	@echo "Installing the environment into .venv (once, about 3 GB) ..."
+	@echo "Installing the environment into .venv (once, about 4 GB) ..."
 	@$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) .venv
 	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock 2>&1 \
 		| sed -u "/^ [-+~] /d"
 	@touch $@
+
+# Without root or apt the tests go on, and those that need a server say which is missing.
+servers:
+	@if ! { $(HAVE_SERVERS); } >/dev/null 2>&1; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "Installing $(SERVERS) (once) ..."; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SERVERS) >/dev/null; \
+		else \
+			echo "The tests of the feature stores need: apt-get install $(SERVERS)"; \
+		fi; \
+	fi
 
 demo: $(READY)
 	@$(BIN)/python -m local demo --data "$(DATA)" --keep $(KEEP)
@@ -47,7 +62,7 @@ down: $(READY)
 status: $(READY)
 	@$(BIN)/python -m local status
 
-test: $(READY)
+test: $(READY) servers
 	@$(BIN)/python -m pytest
 
 check: $(READY)
@@ -58,7 +73,7 @@ check: $(READY)
 
 # New versions: edit pyproject.toml, then make lock.
 lock: | $(UV)
-	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --extra dev \
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --extra dev --extra spark \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header pyproject.toml -o requirements.lock
 
 clean:
