@@ -17,7 +17,7 @@ START = datetime(2026, 3, 1, tzinfo=UTC)
 Row = dict[str, Any]
 
 
-def an_event(event_id: int, user: int, item: int, at: datetime, late: timedelta = timedelta(0), **labels: int) -> Row:
+def an_event(event_id: int, user: int, item: int, at: datetime, late: timedelta = timedelta(0), **labels: Any) -> Row:
     return {
         "event_id": event_id,
         "request_id": event_id,
@@ -25,6 +25,7 @@ def an_event(event_id: int, user: int, item: int, at: datetime, late: timedelta 
         "item_id": item,
         "event_time": at,
         "created_time": at + late,
+        "outcome_time": None,
         "session_id": None,
         "scenario": 0,
         "device": 0,
@@ -33,6 +34,7 @@ def an_event(event_id: int, user: int, item: int, at: datetime, late: timedelta 
         "watch_time_ms": 0,
         "release": None,
         "variant": None,
+        "features_time": None,
         **labels,
     }
 

@@ -186,6 +186,7 @@ def _events(folder: Path) -> tuple[pl.DataFrame, int]:
         pl.col("video_id").alias("item_id"),
         _time(pl.col("time_ms")).alias("event_time"),
         _time(pl.max_horizontal("time_ms", "hour_ms")).alias("created_time"),
+        pl.lit(None, TIME).alias("outcome_time"),
         pl.lit(None, pl.Int64).alias("session_id"),
         pl.col("tab").alias("scenario"),
         pl.lit(0, pl.Int64).alias("device"),
@@ -197,6 +198,7 @@ def _events(folder: Path) -> tuple[pl.DataFrame, int]:
         pl.col("play_time_ms").alias("watch_time_ms"),
         pl.lit(None, pl.Int64).alias("release"),
         pl.lit(None, pl.String).alias("variant"),
+        pl.lit(None, TIME).alias("features_time"),
     )
     return conform(events, EVENTS, str(folder)), first_hour_ms
 

@@ -27,7 +27,7 @@ set so that the default log has KuaiRand's rates (click .449, long view .316, pr
 
 The log is what a logging policy showed, so it is biased: the policy draws candidates by popularity and freshness and
 orders them by popularity, a noisy guess of the affinity, and noise. Four requests in a hundred arrive late, by up to
-6 hours.
+6 hours; a log holds what had arrived by its end.
 """
 
 from __future__ import annotations
@@ -442,11 +442,13 @@ class Audience:
 def write_log(config: Config, log: Path) -> None:
     """Writes `config.days` days to the directory `log`, in files of a day and a part of the users.
 
+    The log is what had arrived when the last day ended: what comes later is in the log of more days.
     Needs memory for one part and for the items, whatever the number of users and days.
     """
     started = told = time.monotonic()
     truth = Truth(config)
     items = truth.items(np.arange(config.items_by(config.days - 1)))
+    end = pl.lit(config.start_ms + config.days * DAY_MS).cast(pl.Datetime("ms", "UTC"))
     rows = 0
     for day in range(config.days):
         candidates = _Candidates(config, items, day)
@@ -455,7 +457,7 @@ def write_log(config: Config, log: Path) -> None:
             requests = _requests(config, users, day)
             for file, begin in enumerate(range(0, requests.request.size, _REQUESTS_PER_FILE)):
                 shown = requests.take(slice(begin, begin + _REQUESTS_PER_FILE))
-                events = _events(truth, users, items, candidates, shown)
+                events = _events(truth, users, items, candidates, shown).filter(pl.col("created_time") < end)
                 write_events(events, log, f"part-{part:05d}-{file:03d}")
                 rows += events.height
             if time.monotonic() - told > 2:
@@ -553,8 +555,10 @@ def _events(truth: Truth, users: Users, items: Items, candidates: _Candidates, r
         }
     ).with_columns(
         *(_time(name) for name in ("event_time", "created_time")),
-        pl.lit(None, pl.Int64).alias("release"),
-        pl.lit(None, pl.String).alias("variant"),
+        outcome_time=None,
+        release=None,
+        variant=None,
+        features_time=None,
     )
     return conform(frame.select(list(EVENTS.schema)), EVENTS, "simulator")
 

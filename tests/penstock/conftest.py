@@ -27,12 +27,14 @@ def joined_rows(rows: int = 3000, users: int = 60, items: int = 40, seed: int = 
         "item_id": item * 10,
         "event_time": [start + timedelta(seconds=int(second)) for second in times],
         "created_time": [start + timedelta(seconds=int(second)) for second in times],
+        "outcome_time": pl.Series([None] * rows, dtype=pl.Datetime("us", "UTC")),
         "session_id": pl.Series([None] * rows, dtype=pl.Int64),
         "position": pl.Series([None] * rows, dtype=pl.Int64),
         "profile_enter": np.zeros(rows, np.int8),
         "watch_time_ms": np.zeros(rows, np.int64),
         "release": pl.Series([None] * rows, dtype=pl.Int64),
         "variant": pl.Series([None] * rows, dtype=pl.String),
+        "features_time": pl.Series([None] * rows, dtype=pl.Datetime("us", "UTC")),
     }
     for label, rate in (("click", 0.8), ("long_view", 0.6), ("like", 0.3)):
         columns[label] = (good & (random.random(rows) < rate)).astype(np.int8)

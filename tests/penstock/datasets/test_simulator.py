@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,10 @@ def test_more_days_only_add_to_the_log(small: Path, tmp_path: Path) -> None:
     longer = read_events(tmp_path)
     shorter = read_events(small)
     assert longer.height > shorter.height
-    assert longer.head(shorter.height).equals(shorter)
+    end = datetime.fromisoformat(SMALL.first_day).replace(tzinfo=UTC) + timedelta(days=SMALL.days)
+    assert longer.filter(pl.col("created_time") < end).equals(shorter)
+    late = longer.filter((pl.col("event_time") < end) & (pl.col("created_time") >= end))
+    assert late.height > 0  # had not arrived when the shorter log was written
     items, more_items = (read_table(log / "items.parquet", ITEMS) for log in (small, tmp_path))
     assert more_items.height == items.height + 2 * SMALL.items_per_day
     assert more_items.head(items.height).equals(items)
