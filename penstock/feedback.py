@@ -182,6 +182,15 @@ def append_feedback(log: Path, directory: Path) -> int:
     return rows.height
 
 
+SEQUENCE_FILE = "feedback.json"
+
+
+def read_sequence(log: Path) -> int:
+    """The number of the last feedback record that a log holds; 0 if it holds none."""
+    path = log / SEQUENCE_FILE
+    return int(json.loads(path.read_text())["sequence"]) if path.exists() else 0
+
+
 def read_feedback(directory: Path) -> pl.DataFrame:
     """Every impression as one row of EVENTS, with what the user did with it, in order of time.
 

@@ -61,9 +61,9 @@ def write_log(log: Path, events: list[Row], histories: list[Row] | None = None) 
                     "item_id": i,
                     "event_time": START - 5 * HOUR,
                     "created_time": START - 4 * HOUR,
-                    "author_id": 1,
+                    "author_id": i % 3,
                     "category": 2,
-                    "tags": [3],
+                    "tags": [i % 4, 7, i % 2, 9][: i % 5],
                     "music_id": 4,
                     "item_type": 5,
                     "duration_ms": 6,
@@ -81,14 +81,27 @@ def write_log(log: Path, events: list[Row], histories: list[Row] | None = None) 
 
 
 def a_log(seed: int) -> tuple[list[Row], list[Row]]:
-    """Few users and items, two weeks, rows on the hour and between, a third of them late by minutes to nine days."""
+    """Few users and items, two weeks; rows on the hour and between, a third of them late by minutes to nine days.
+
+    Some outcomes arrive after their row, some instants are shared, some lie within one millisecond.
+    """
     rng = random.Random(seed)
     events = []
     for event_id in range(rng.choice([1, 5, 60, 160])):
         at = START + timedelta(seconds=rng.choice([0, 1800, rng.randrange(3600)]) + 3600 * rng.randrange(14 * 24))
-        late = rng.choice([0, 0, 0, 0, rng.randrange(3600), 3600 * rng.randrange(9 * 24)])
-        labels = {label: int(rng.random() < 0.5) for label in ("click", "long_view", "like")}
-        events.append(an_event(event_id, rng.randrange(3), rng.randrange(4), at, timedelta(seconds=late), **labels))
+        at += timedelta(microseconds=rng.choice([0, 0, rng.randrange(3_000)]))
+        late = timedelta(seconds=rng.choice([0, 0, 0, 0, rng.randrange(3600), 3600 * rng.randrange(9 * 24)]))
+        labels: Row = {label: int(rng.random() < 0.5) for label in ("click", "long_view", "like")}
+        labels["profile_enter"] = int(rng.random() < 0.1)
+        labels["scenario"] = rng.choice([0, 0, 1])
+        wait = timedelta(seconds=rng.choice([0, 30, 3600 * rng.randrange(48)]))
+        labels["outcome_time"] = rng.choice([None, at + late + wait])
+        events.append(an_event(event_id, rng.randrange(3), rng.randrange(4), at, late, **labels))
+    # nobody is shown an item twice in one millisecond
+    shown = {
+        (row["user_id"], row["item_id"], row["event_time"].isoformat(timespec="milliseconds")): row for row in events
+    }
+    events = list(shown.values())
     histories = [
         {
             "user_id": user,
