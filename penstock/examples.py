@@ -18,8 +18,9 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
+from penstock.activity import HISTORY_LENGTH
 from penstock.events import LABELS
-from penstock.features import HISTORY_LENGTH
+from penstock.features import COUNTS, WINDOWS
 
 PADDING, UNKNOWN, FIRST = 0, 1, 2
 LIMIT = 5.0
@@ -58,6 +59,14 @@ def _ids(name: str, side: Side, vocabulary: str, length: int) -> Feature:
     return Feature(name, side, "ids", vocabulary=vocabulary, length=length)
 
 
+def _counts(prefix: str, side: Side) -> list[Feature]:
+    return [Feature(f"{prefix}_{name}_{window}", side, "count") for window in WINDOWS for name in COUNTS]
+
+
+def _rates(prefix: str, side: Side, *windows: str) -> list[Feature]:
+    return [Feature(f"{prefix}_{label}_rate_{window}", side, "number") for window in windows for label in LABELS]
+
+
 FEATURES = (
     _id("user_id", "user", minimum=3),
     _id("activity_level", "user"),
@@ -68,13 +77,11 @@ FEATURES = (
     Feature("follow_count", "user", "count"),
     Feature("fans_count", "user", "count"),
     Feature("friend_count", "user", "count"),
-    Feature("user_impressions", "user", "count"),
-    Feature("user_clicks", "user", "count"),
-    Feature("user_long_views", "user", "count"),
-    Feature("user_likes", "user", "count"),
-    Feature("user_click_rate", "user", "number"),
-    Feature("user_long_view_rate", "user", "number"),
-    Feature("user_like_rate", "user", "number"),
+    *_counts("user", "user"),
+    *_rates("user", "user", "7d"),
+    *_counts("user_scenario", "user"),
+    *_rates("user_scenario", "user", "7d"),
+    Feature("user_idle_hours", "user", "count"),
     _id("item_id", "item"),
     _id("author_id", "item", minimum=3),
     _id("category", "item"),
@@ -82,15 +89,15 @@ FEATURES = (
     _id("music_id", "item", minimum=3),
     _id("item_type", "item"),
     Feature("duration_ms", "item", "count"),
-    Feature("item_impressions", "item", "count"),
-    Feature("item_clicks", "item", "count"),
-    Feature("item_long_views", "item", "count"),
-    Feature("item_likes", "item", "count"),
-    Feature("item_click_rate", "item", "number"),
-    Feature("item_long_view_rate", "item", "number"),
-    Feature("item_like_rate", "item", "number"),
+    *_counts("item", "item"),
+    *_rates("item", "item", "1h", "1d", "7d"),
     Feature("item_age_hours", "item", "count"),
+    Feature("author_actions", "item", "count"),
+    Feature("author_affinity", "item", "number"),
+    Feature("tag_actions", "item", "count"),
+    Feature("tag_affinity", "item", "number"),
     _id("scenario", "context"),
+    *_rates("scenario", "context", "7d"),
     _id("device", "context"),
     _id("hour", "context"),
     _id("weekday", "context"),

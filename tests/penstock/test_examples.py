@@ -37,7 +37,7 @@ def test_the_schema_knows_the_training_slice_alone(tmp_path):
     last = rows["event_time"].max()
     late = rows.with_columns(
         scenario=pl.when(pl.col("event_time") == last).then(999).otherwise("scenario"),
-        item_click_rate=pl.when(pl.col("event_time") == last).then(1e9).otherwise("item_click_rate"),
+        item_click_rate_7d=pl.when(pl.col("event_time") == last).then(1e9).otherwise("item_click_rate_7d"),
     )
     write_examples(rows, catalogue(), tmp_path / "plain")
     write_examples(late, catalogue(), tmp_path / "late")
@@ -70,7 +70,7 @@ def test_numbers_are_standardised_and_missing_ones_are_zero_first(examples):
             values = schema.encode(feature, train[feature.name])
             assert abs(values.mean()) < 1e-3
             assert values.std() == pytest.approx(1, abs=1e-3)
-    number = next(feature for feature in FEATURES if feature.name == "user_click_rate")
+    number = next(feature for feature in FEATURES if feature.name == "user_click_rate_7d")
     null, zero = schema.encode(number, pl.Series([None, 0.0], dtype=pl.Float64))
     assert null == zero
 

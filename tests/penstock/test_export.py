@@ -54,7 +54,7 @@ def test_the_graph_encodes_as_the_schema_does(examples):
 
 def test_a_number_that_is_not_finite_is_taken_as_the_mean(examples):
     schema = Schema.load(examples / "schema")
-    feature = next(feature for feature in FEATURES if feature.name == "user_click_rate")
+    feature = next(feature for feature in FEATURES if feature.name == "user_click_rate_7d")
     encoded = export._Encoder((feature,), schema)({feature.name: tf.constant([np.nan, np.inf])})
     np.testing.assert_array_equal(encoded[feature.name], [0.0, 0.0])
 
