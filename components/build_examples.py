@@ -12,18 +12,17 @@ def build_examples(
     features: dsl.Input[dsl.Dataset],
     examples: dsl.Output[dsl.Dataset],
 ) -> None:
-    """Joins every event with the features of service rank_v1 at its time and splits the rows by time."""
+    """Joins every event with the features of service rank_v2 at its time and splits the rows by time."""
     import time
     from pathlib import Path
 
     from feature_repo.store import historical
     from penstock.events import ITEMS, read_events, read_table
     from penstock.examples import write_examples
-    from penstock.features import with_request_features
 
     start = time.monotonic()
     log = Path(validated.path)
-    joined = with_request_features(historical(Path(home), read_events(log), "rank_v1"))
+    joined = historical(Path(home), read_events(log), "rank_v2")
     write_examples(
         joined,
         read_table(log / "items.parquet", ITEMS),

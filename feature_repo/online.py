@@ -1,0 +1,208 @@
+"""Reading features for serving, and telling the store what users did since the last materialisation."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
+
+from feature_repo.configuration import StoreError
+from feature_repo.materialised import IN_MEMORY, Materialised, path_of, read_materialised, table_path
+from feature_repo.on_demand import as_column
+from feature_repo.store import EPOCH, check_service, open_store, quiet
+from penstock.activity import Activity
+from penstock.features import SERVICES, STAMPS, VIEWS, Column, OnDemand, Ragged, View, default, on_demand_of, views_of
+
+ACTIVITY = next(view for view in VIEWS if view.name == "user_activity")
+OF_ITEMS = {feature.name for view in VIEWS if view.entity == "item" for feature in view.features}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a request says of itself: when it is made (ms since 1970), and the log's columns of that name."""
+
+    time_ms: int
+    scenario: int
+    device: int
+
+    def columns(self) -> dict[str, Column]:
+        """One row each, as on-demand features read them."""
+        return {
+            "time_ms": np.array([self.time_ms], np.int64),
+            "scenario": np.array([self.scenario], np.int64),
+            "device": np.array([self.device], np.int64),
+        }
+
+
+class _Table:
+    """The rows of a view in memory, with a row of defaults for whom it does not hold."""
+
+    def __init__(self, path: Path, view: View) -> None:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        self._keys = table[view.key].chunk(0).to_numpy() if table.num_rows else np.empty(0, np.int64)
+        self._columns: dict[str, Column] = {}
+        for feature in view.features:
+            column = table[feature.name].combine_chunks()
+            missing = default(feature.dtype)
+            if isinstance(feature.dtype, pl.List):
+                offsets = column.offsets.to_numpy()
+                self._columns[feature.name] = Ragged(column.values.to_numpy(), np.append(offsets, offsets[-1:]))
+            else:
+                values = column.to_numpy(zero_copy_only=False)
+                self._columns[feature.name] = np.append(values, np.array([missing], values.dtype))
+
+    def take(self, keys: np.ndarray) -> dict[str, Column]:
+        """The columns of some entities, in their order."""
+        places = np.searchsorted(self._keys, keys)
+        found = places < len(self._keys)
+        found[found] = self._keys[places[found]] == keys[found]
+        rows = np.where(found, places, len(self._keys))
+        return {
+            name: column.take(rows) if isinstance(column, Ragged) else column[rows]
+            for name, column in self._columns.items()
+        }
+
+
+class Online:
+    """Reads the newest values for serving; one for a process, shared by its threads.
+
+    Users are read from the online store at each call. Items and scenarios lie in memory as the last materialisation
+    left them; the next one is taken up when it is complete. Definitions are looked up once: after `apply` of others,
+    open a new one.
+
+    Raises:
+        StoreError: the definitions are not registered, or there was no materialisation; and so do all methods when the
+            online store does not answer.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._store = open_store(home)
+        for service in SERVICES:
+            check_service(self._store, service)
+        with quiet():
+            self._views = {view.name: self._store.get_feature_view(view.name) for view in VIEWS}
+        self._provider = self._store._get_provider()
+        self._switching = threading.Lock()
+        self._seen: tuple[int, int] | None = None
+        self._current: tuple[Materialised, dict[str, _Table]] = (Materialised(0, 0, 0), {})
+        self.materialised()
+
+    def materialised(self) -> Materialised:
+        """The materialisation that is served."""
+        return self._tables()[0]
+
+    def user(self, user_id: int, service: str, request: Request) -> dict[str, Column]:
+        """One row: stored features of the user and the request's scenario, and what is computed without an item."""
+        columns: dict[str, Column] = {}
+        tables = self._tables()[1]
+        for view in views_of(service):
+            if view.entity == "user":
+                columns |= self._read(view, [user_id])
+            elif view.entity == "scenario":
+                columns |= tables[view.name].take(np.array([request.scenario]))
+        return columns | _computed(on_demand_of(service), columns | request.columns(), of_items=False)
+
+    def items(
+        self, ids: Sequence[int] | np.ndarray, service: str, user: Mapping[str, Column], request: Request
+    ) -> dict[str, Column]:
+        """A row an item: stored features, and what is computed of them, of the request and of what `user` returned."""
+        tables = self._tables()[1]
+        keys = np.asarray(ids, np.int64)
+        columns: dict[str, Column] = {}
+        for view in views_of(service):
+            if view.entity == "item":
+                columns |= tables[view.name].take(keys)
+        return columns | _computed(on_demand_of(service), {**user, **columns, **request.columns()}, of_items=True)
+
+    def activity(self, user_ids: Sequence[int]) -> dict[int, Activity]:
+        """What users did, as the store holds it; an empty one of whom it does not know."""
+        columns = self._read(ACTIVITY, user_ids)
+        lists = {name: column.lists() if isinstance(column, Ragged) else column for name, column in columns.items()}
+        return {
+            user: Activity.of({name: values[row] for name, values in lists.items()})  # type: ignore[misc]
+            for row, user in enumerate(user_ids)
+        }
+
+    def push(self, activities: Mapping[int, Activity]) -> None:
+        """Writes what users did, through Feast's push source: the next read has it."""
+        # later than anything that was materialised, whatever clock the log has: some stores keep the later row
+        now = max(datetime.now(UTC), EPOCH + timedelta(microseconds=self.materialised().cutoff_us + 1))
+        frame = pd.DataFrame(
+            [
+                {ACTIVITY.key: user, **activity.stored(), **dict.fromkeys(STAMPS, now)}
+                for user, activity in activities.items()
+            ]
+        )
+        if frame.empty:
+            return
+        try:
+            with quiet():
+                self._store.push(f"{ACTIVITY.name}_push", frame)
+        except Exception as error:
+            raise _away(error) from error
+
+    def _tables(self) -> tuple[Materialised, dict[str, _Table]]:
+        """The newest materialisation and its tables."""
+        try:
+            status = os.stat(path_of(self._home))
+        except FileNotFoundError as error:
+            raise StoreError(f"nothing is materialised in {self._home}: run the prepare DAG") from error
+        seen = (status.st_ino, status.st_mtime_ns)
+        if seen != self._seen:
+            with self._switching:
+                newest = read_materialised(self._home)
+                if newest != self._current[0]:
+                    tables = {
+                        view.name: _Table(table_path(self._home, newest.version, view.name), view) for view in IN_MEMORY
+                    }
+                    self._current = (newest, tables)
+                self._seen = seen
+        return self._current
+
+    def _read(self, view: View, ids: Sequence[int]) -> dict[str, Column]:
+        """What the store holds of each entity, defaults where it holds nothing."""
+        names = [feature.name for feature in view.features]
+        keys = [EntityKey(join_keys=[view.key], entity_values=[Value(int64_val=int(key))]) for key in ids]
+        try:
+            rows = self._provider.online_read(self._store.config, self._views[view.name], keys, names)
+        except Exception as error:
+            raise _away(error) from error
+        return {
+            feature.name: as_column([_value((row or {}).get(feature.name)) for _, row in rows], feature.dtype)
+            for feature in view.features
+        }
+
+
+def _away(error: Exception) -> StoreError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return StoreError(f"the online store does not answer: {reason}")
+
+
+def _computed(wanted: Sequence[OnDemand], columns: Mapping[str, Column], *, of_items: bool) -> dict[str, Column]:
+    """The on-demand features that read an item, or those that do not."""
+    found: dict[str, Column] = {}
+    for on_demand in wanted:
+        if of_items == any(name in OF_ITEMS for name in on_demand.inputs):
+            found |= on_demand.compute(columns)
+    return found
+
+
+def _value(value: Value | None) -> Any:
+    kind = value.WhichOneof("val") if value is not None else None
+    if value is None or kind is None or kind == "null_val":
+        return None
+    found = getattr(value, kind)
+    return found.val if hasattr(found, "val") else found
