@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,80 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from penstock import metrics
+from penstock import metrics, page
 from penstock.events import LABELS
 from penstock.metrics import Array, MetricError
-
-# Okabe and Ito's colours, told apart by colour-blind readers and in print
-CANDIDATE, CHAMPION, POPULARITY, BAD, INK, FAINT = "#0072B2", "#E69F00", "#767676", "#B5420A", "#1d2530", "#d5d9de"
-
-_RC = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "penstock",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8a929c",
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-}
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #1d2530; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-h1 { font-size: 1.1rem; font-weight: 600; color: #5a6470; margin: 0 0 .75rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid #d5d9de; }
-p { margin: .5rem 0; max-width: 44rem; }
-.note { color: #5a6470; font-size: .9rem; }
-.verdict { border-left: .4rem solid; padding: .75rem 1rem; font-size: 1.2rem; line-height: 1.4; margin: 0 0 1rem;
-  max-width: none; }
-.approved { border-color: #0072B2; background: #eef5fa; }
-.rejected { border-color: #B5420A; background: #fbf1ec; }
-.figures { display: flex; flex-wrap: wrap; gap: .5rem 2.25rem; margin: 0; }
-.figures dt { color: #5a6470; font-size: .85rem; }
-.figures dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: .75rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid #e6e9ec; }
-th { font-weight: 600; color: #5a6470; white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.reason { color: #5a6470; display: block; font-weight: 400; }
-b { font-weight: 600; }
-.pass { color: #0072B2; font-weight: 600; white-space: nowrap; }
-.fail { color: #B5420A; font-weight: 600; white-space: nowrap; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; margin: .75rem 0; }
-figure { margin: 0; }
-figure svg { display: block; width: 100%; height: auto; max-width: 34rem; }
-code { background: #f1f3f5; padding: .1rem .3rem; border-radius: .2rem; font-size: .9em; overflow-wrap: anywhere; }
-@media (max-width: 40rem) {
-  main { padding: 1rem 1rem 3rem; }
-  thead { display: none; }
-  tr { display: block; padding: .5rem 0; border-bottom: 1px solid #d5d9de; }
-  td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; text-align: right;
-    white-space: normal; overflow-wrap: anywhere; }
-  td::before { content: attr(data-label); color: #5a6470; text-align: left; white-space: nowrap; }
-  td:empty { display: none; }
-  td.first { display: block; text-align: left; font-weight: 600; }
-  td.first::before { content: none; }
-  td.detail { display: none; }
-}
-@media print {
-  body { font-size: 11pt; }
-  main { max-width: none; padding: 0; }
-  h2 { break-after: avoid; }
-  tr, figure { break-inside: avoid; }
-  .panels { grid-template-columns: repeat(3, 1fr); }
-  .verdict { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -129,13 +56,13 @@ def write_report(examples: Path, recall: Path, rank: Path, weights: Path, verdic
     """
     material = _read(examples, recall, rank, weights, verdict)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_RC):
-        page = _page(material)
-    out.write_text(page, encoding="utf-8")
+    with matplotlib.rc_context(page.RC):
+        document = _page(material)
+    out.write_text(document, encoding="utf-8")
     pictures = out.parent / "figures"
     pictures.mkdir(exist_ok=True)
     for picture, says in re.findall(
-        r'<figure>(<svg role="img" aria-label="([^"]+)".*?</svg>)\s*</figure>', page, re.DOTALL
+        r'<figure>(<svg role="img" aria-label="([^"]+)".*?</svg>)\s*</figure>', document, re.DOTALL
     ):
         name = re.sub(r"\W+", "_", says).lower()
         (pictures / f"{name}.svg").write_text(picture, encoding="utf-8")
@@ -217,25 +144,13 @@ def _page(material: _Material) -> str:
         ("Data and parameters", _data(material)),
         ("How to roll back", _roll_back(verdict)),
     ]
-    body = "\n".join(f"<section><h2>{_text(title)}</h2>\n{content}</section>" for title, content in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Penstock: candidate {kind}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>Penstock candidate report</h1>
-<p class="verdict {kind}">{_text(verdict["sentence"])}</p>
+    return page.document(
+        f"Penstock: candidate {kind}",
+        f"""<h1>Penstock candidate report</h1>
+<p class="verdict {kind}">{page.text(verdict["sentence"])}</p>
 {_summary(material)}
-{body}
-</main>
-</body>
-</html>
-"""
+{page.sections(sections)}""",
+    )
 
 
 def _summary(material: _Material) -> str:
@@ -244,16 +159,15 @@ def _summary(material: _Material) -> str:
     passed = sum(check["passed"] for check in verdict["checks"])
     facts = [("Checks passed", f"{passed} of {len(verdict['checks'])}")]
     if fused:
-        facts.append(("Fused AUC, candidate", _number(fused["candidate"]["value"])))
+        facts.append(("Fused AUC, candidate", page.number(fused["candidate"]["value"])))
         facts += [
-            (f"Fused AUC, {_whose(name, verdict)}", _number(one["value"]))
+            (f"Fused AUC, {_whose(name, verdict)}", page.number(one["value"]))
             for name, one in fused.items()
             if name != "candidate"
         ]
     facts.append(("Test rows", f"{verdict['rows']:,}"))
     facts.append(("Users", f"{verdict['users']:,}"))
-    entries = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
-    return f'<dl class="figures">{entries}</dl>'
+    return page.facts(facts)
 
 
 def _whose(name: str, verdict: Mapping[str, Any]) -> str:
@@ -264,45 +178,45 @@ def _checks(verdict: Mapping[str, Any]) -> str:
     rows = []
     for check in sorted(verdict["checks"], key=lambda check: bool(check["passed"])):
         mark = '<span class="pass">✓ pass</span>' if check["passed"] else '<span class="fail">✗ fail</span>'
-        name = f'{mark} <b>{_text(check["name"])}</b><span class="reason">{_text(check["reason"])}</span>'
-        interval = _interval(check["low"], check["high"])
-        rows.append([name, _number(check["value"]), interval, _number(check["bound"])])
+        name = f'{mark} <b>{page.text(check["name"])}</b><span class="reason">{page.text(check["reason"])}</span>'
+        interval = page.interval(check["low"], check["high"])
+        rows.append([name, page.number(check["value"]), interval, page.number(check["bound"])])
     note = "Failed checks come first. An interval must lie above its bound, except that harm needs all of it below."
-    return _table(["Check", "Value", "Interval", "Bound"], rows, marked=True) + _note(note)
+    return page.table(["Check", "Value", "Interval", "Bound"], rows, marked=True) + page.note(note)
 
 
 def _heads(material: _Material) -> str:
     verdict = material.verdict
     if not verdict["heads"]:
-        return _note("Not computed: the candidate was rejected before any figure could mean something.")
+        return page.note("Not computed: the candidate was rejected before any figure could mean something.")
     rows = []
     for label, head in verdict["heads"].items():
         against = "" if head["difference"] is None else f"{head['difference']:+.4f}"
         rows.append(
             [
                 f"{label} head",
-                _number(head["auc"]),
-                _interval(head["low"], head["high"]),
-                _number(head["champion"]),
+                page.number(head["auc"]),
+                page.interval(head["low"], head["high"]),
+                page.number(head["champion"]),
                 against,
-                _interval(head["difference_low"], head["difference_high"], "+.4f"),
-                _number(head["popularity"]),
+                page.interval(head["difference_low"], head["difference_high"], "+.4f"),
+                page.number(head["popularity"]),
             ]
         )
     fused = verdict["fused"]
     names = ["AUC of", "Candidate", "Interval", "Champion", "Difference", "Interval of it", "Popularity"]
     by_label = [
-        [f"fused score on {label}", *(_number(one[label]) for one in fused.values())] for label in (*LABELS,)
-    ] + [["mean", *(_number(one["value"]) for one in fused.values())]]
+        [f"fused score on {label}", *(page.number(one[label]) for one in fused.values())] for label in (*LABELS,)
+    ] + [["mean", *(page.number(one["value"]) for one in fused.values())]]
     note = (
         f"Intervals hold {verdict['policy']['confidence']:.0%}: DeLong's for one AUC; for differences a bootstrap of "
         f"whole users ({verdict['policy']['replicates']} draws)."
     )
     return (
-        _figure(_forest(verdict), "AUC of each head with its interval")
-        + _table(names, rows)
-        + _table(["AUC of", *(_whose(name, verdict).capitalize() for name in fused)], by_label)
-        + _note(note)
+        page.figure(_forest(verdict), "AUC of each head with its interval")
+        + page.table(names, rows)
+        + page.table(["AUC of", *(_whose(name, verdict).capitalize() for name in fused)], by_label)
+        + page.note(note)
     )
 
 
@@ -319,16 +233,16 @@ def _forest(verdict: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(4.8, 2.5), layout="constrained")
     axes = figure.subplots()
     for place, (_, value, low, high, theirs, popularity) in enumerate(reversed(entries)):
-        axes.plot([low, high], [place, place], color=CANDIDATE, linewidth=2.5, solid_capstyle="butt")
-        axes.plot(value, place, "o", color=CANDIDATE, markersize=6, label="candidate" if place == 0 else None)
+        axes.plot([low, high], [place, place], color=page.CANDIDATE, linewidth=2.5, solid_capstyle="butt")
+        axes.plot(value, place, "o", color=page.CANDIDATE, markersize=6, label="candidate" if place == 0 else None)
         if theirs is not None:
             axes.plot(
                 theirs,
                 place,
                 "D",
-                color=CHAMPION,
+                color=page.CHAMPION,
                 markersize=6,
-                markeredgecolor=INK,
+                markeredgecolor=page.INK,
                 markeredgewidth=0.5,
                 label="champion" if place == 0 else None,
             )
@@ -336,12 +250,12 @@ def _forest(verdict: Mapping[str, Any]) -> Figure:
             popularity,
             place,
             "|",
-            color=POPULARITY,
+            color=page.POPULARITY,
             markersize=13,
             markeredgewidth=2.5,
             label="popularity" if place == 0 else None,
         )
-    axes.axvline(0.5, color=FAINT, zorder=0)
+    axes.axvline(0.5, color=page.FAINT, zorder=0)
     axes.set_yticks(range(len(entries)), [name for name, *_ in reversed(entries)])
     axes.set_ylim(-0.6, len(entries) - 0.4)
     axes.set_xlabel("AUC (0.5 is chance)")
@@ -354,21 +268,21 @@ def _curves(material: _Material) -> str:
     for draw in (_roc, _calibration):
         for label in LABELS:
             try:
-                panels.append(_figure(draw(material, label), f"{draw.__name__.strip('_')} of {label}"))
+                panels.append(page.figure(draw(material, label), f"{draw.__name__.strip('_')} of {label}"))
             except MetricError as error:
-                panels.append(_note(f"{label}: {error}"))
+                panels.append(page.note(f"{label}: {error}"))
     note = (
         "ROC: share of positives found against share of negatives let through, each head on its own label. "
         "Calibration: rows in bins of equal count; on the diagonal, what is predicted happens."
     )
-    return f'<div class="panels">{"".join(panels)}</div>' + _note(note)
+    return f'<div class="panels">{"".join(panels)}</div>' + page.note(note)
 
 
 def _scorers(material: _Material, label: str) -> list[tuple[str, str, str, Array]]:
     """(name, colour, line, scores) of those that are compared on a head's label."""
-    found = [("candidate", CANDIDATE, "-", material.test[f"p_{label}"].cast(pl.Float64).to_numpy())]
+    found = [("candidate", page.CANDIDATE, "-", material.test[f"p_{label}"].cast(pl.Float64).to_numpy())]
     if material.champion is not None:
-        found.append(("champion", CHAMPION, "--", material.champion[f"p_{label}"].to_numpy()))
+        found.append(("champion", page.CHAMPION, "--", material.champion[f"p_{label}"].to_numpy()))
     return found
 
 
@@ -383,8 +297,8 @@ def _roc(material: _Material, label: str) -> Figure:
     labels = material.test[label].to_numpy()
     figure = Figure(figsize=(3.3, 3.5), layout="constrained")
     axes = _square(figure, f"{label}: ROC")
-    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
-    popularity = ("popularity", POPULARITY, ":", material.test[f"popularity_{label}"].to_numpy())
+    axes.plot([0, 1], [0, 1], color=page.FAINT, linewidth=1)
+    popularity = ("popularity", page.POPULARITY, ":", material.test[f"popularity_{label}"].to_numpy())
     for name, colour, line, scores in [*_scorers(material, label), popularity]:
         curve = metrics.roc(labels, scores)
         keep = np.unique(np.linspace(0, curve.true_positive_rate.size - 1, 200).astype(int))
@@ -419,7 +333,7 @@ def _calibration(material: _Material, label: str) -> Figure:
             label=f"{name}, error {curve.error:.3f}",
         )
     top = min(1.0, 1.08 * top) if top else 1.0
-    axes.plot([0, top], [0, top], color=FAINT, linewidth=1, zorder=0)
+    axes.plot([0, top], [0, top], color=page.FAINT, linewidth=1, zorder=0)
     axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted probability", ylabel="share that happened")
     axes.locator_params(nbins=5)
     axes.legend(loc="upper left")
@@ -432,13 +346,15 @@ def _weights(material: _Material) -> str:
     optimism = "" if test is None else f"{found['validation'] - test:+.4f}"
     columns = ["Chosen weights", "Validation", "Test", "Optimism"]
     chosen = ", ".join(f"{name} {weight:.1f}" for name, weight in found["weights"].items())
-    row = [chosen, _number(found["validation"]), _number(test), optimism]
+    row = [chosen, page.number(found["validation"]), page.number(test), optimism]
     note = (
         f"Chosen on the validation slice alone, by {_words(found['objective'])}, of {material.grid.height:,} points; "
         "the test column is the same figure on rows the search has not seen. In the picture each point is one mix: "
         "the nearer a corner, the more weight that head has."
     )
-    return _figure(_simplex(material), "Objective over the weight grid") + _table(columns, [row]) + _note(note)
+    return (
+        page.figure(_simplex(material), "Objective over the weight grid") + page.table(columns, [row]) + page.note(note)
+    )
 
 
 def _simplex(material: _Material) -> Figure:
@@ -452,19 +368,19 @@ def _simplex(material: _Material) -> Figure:
     best = np.array([material.weights["weights"][name] for name in names])
     figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*corners[[0, 1, 2, 0]].T, color=FAINT, linewidth=1, zorder=0)
+    axes.plot(*corners[[0, 1, 2, 0]].T, color=page.FAINT, linewidth=1, zorder=0)
     drawn = axes.scatter(places[:, 0], places[:, 1], c=grid["objective"], cmap="cividis", s=16, linewidths=0)
     axes.plot(
         *(best / best.sum() @ corners),
         "o",
         markersize=13,
         markerfacecolor="none",
-        markeredgecolor=BAD,
+        markeredgecolor=page.BAD,
         markeredgewidth=2,
     )
     patch = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
     axes.annotate(
-        "chosen", best / best.sum() @ corners, xytext=(11, 9), textcoords="offset points", color=BAD, bbox=patch
+        "chosen", best / best.sum() @ corners, xytext=(11, 9), textcoords="offset points", color=page.BAD, bbox=patch
     )
     for (x, y), name, below in zip(corners, names, (True, True, False), strict=True):
         axes.text(x, y - 0.05 if below else y + 0.03, f"{name} only", ha="center", va="top" if below else "bottom")
@@ -481,8 +397,8 @@ def _recall(material: _Material) -> str:
     rows = [
         [
             f"{name}, {part}",
-            _number(value),
-            _number(popular.get(part, {}).get(name)),
+            page.number(value),
+            page.number(popular.get(part, {}).get(name)),
             _ratio(value, popular.get(part, {}).get(name)),
         ]
         for part in ("test", "validation")
@@ -492,7 +408,7 @@ def _recall(material: _Material) -> str:
         "Over the whole catalogue, for users with at least one long view in the slice: recall is the share of their "
         "items that is found, NDCG also asks for them near the top."
     )
-    return _table(["Figure", "Recall model", "Popularity", "Times"], rows) + _note(note)
+    return page.table(["Figure", "Recall model", "Popularity", "Times"], rows) + page.note(note)
 
 
 def _ratio(value: float, other: float | None) -> str:
@@ -501,16 +417,16 @@ def _ratio(value: float, other: float | None) -> str:
 
 def _slices(verdict: Mapping[str, Any]) -> str:
     if not verdict["slices"]:
-        return _note("Not computed.")
+        return page.note("Not computed.")
     rows = [
         [
             one["name"],
             f"{one['rows']:,}",
-            _number(one["auc"]) or "–",
-            _interval(one["low"], one["high"]),
-            _number(one["champion"]),
+            page.number(one["auc"]) or "–",
+            page.interval(one["low"], one["high"]),
+            page.number(one["champion"]),
             "" if one["difference"] is None else f"{one['difference']:+.4f}",
-            _interval(one["difference_low"], one["difference_high"], "+.4f"),
+            page.interval(one["difference_low"], one["difference_high"], "+.4f"),
             ", ".join(one["labels"]) if len(one["labels"]) < len(LABELS) else "all",
         ]
         for one in verdict["slices"]
@@ -520,7 +436,7 @@ def _slices(verdict: Mapping[str, Any]) -> str:
         "The mean AUC of the fused score over the labels with enough cases in the slice; – where there are too few "
         "rows or cases. New: not in the training slice."
     )
-    return _table(names, rows) + _note(note)
+    return page.table(names, rows) + page.note(note)
 
 
 def _changes(material: _Material) -> str:
@@ -534,22 +450,24 @@ def _changes(material: _Material) -> str:
     new = dict(_flat(material.models))
     new |= dict(_flat({"weight": material.weights["weights"], "window": material.window}))
     rows = [
-        [name, _value(old.get(name)), _value(new.get(name))]
+        [name, page.value(old.get(name)), page.value(new.get(name))]
         for name in [*new, *(name for name in old if name not in new)]
         if old.get(name) != new.get(name)
     ]
     changed = "<p>Nothing: parameters, weights and data window are those of the champion.</p>"
     if rows:
-        changed = _table(["Parameter", f"Champion {before['release']}", "Candidate"], rows)
+        changed = page.table(["Parameter", f"Champion {before['release']}", "Candidate"], rows)
     then = before.get("metrics", {}).get("recall", {})
     now = material.figures["recall"]["test"]
-    figures = [[name, _number(then[name]), _number(now[name])] for name in now if name in then]
+    figures = [[name, page.number(then[name]), page.number(now[name])] for name in now if name in then]
     measured = ""
     if figures:
         note = "Each on the test slice of its own time, so not the same rows; the AUCs above are on the same rows."
-        measured = _table(["Figure", f"Champion {before['release']}", "Candidate"], figures) + _note(note)
+        measured = page.table(["Figure", f"Champion {before['release']}", "Candidate"], figures) + page.note(note)
     when, by = before.get("created_at", "at an unknown time"), before.get("approved_by", "nobody named")
-    who = f"<p>Champion {before['release']} was released {_text(_value(when))}, approved by {_text(by)}.</p>"
+    who = (
+        f"<p>Champion {before['release']} was released {page.text(page.value(when))}, approved by {page.text(by)}.</p>"
+    )
     return who + changed + measured
 
 
@@ -570,24 +488,24 @@ def _training(material: _Material) -> str:
                     line,
                     marker="o",
                     markersize=3.5,
-                    color=CANDIDATE,
+                    color=page.CANDIDATE,
                     label=words,
                 )
         axes.set(xlabel="epoch", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
-        panels.append(_figure(figure, f"Loss of the {name} model by epoch"))
+        panels.append(page.figure(figure, f"Loss of the {name} model by epoch"))
     return f'<div class="panels">{"".join(panels)}</div>'
 
 
 def _data(material: _Material) -> str:
-    window = [[name.replace("_", " "), _value(value)] for name, value in _flat(material.window)]
-    parameters = [[name, _value(value)] for name, value in _flat(material.models)]
-    policy = [[name.replace("_", " "), _value(value)] for name, value in material.verdict["policy"].items()]
+    window = [[name.replace("_", " "), page.value(value)] for name, value in _flat(material.window)]
+    parameters = [[name, page.value(value)] for name, value in _flat(material.models)]
+    policy = [[name.replace("_", " "), page.value(value)] for name, value in material.verdict["policy"].items()]
     return (
-        _table(["Data window", "Value"], window)
-        + _table(["Parameter", "Value"], parameters)
-        + _table(["Policy of the gate", "Value"], policy)
+        page.table(["Data window", "Value"], window)
+        + page.table(["Parameter", "Value"], parameters)
+        + page.table(["Policy of the gate", "Value"], policy)
     )
 
 
@@ -602,63 +520,5 @@ def _roll_back(verdict: Mapping[str, Any]) -> str:
     )
 
 
-# Pieces
-
-
 def _words(name: str) -> str:
     return name.replace("_", " ").replace("auc", "AUC")
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{_text(text)}</p>'
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _interval(low: float | None, high: float | None, form: str = ".4f") -> str:
-    return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
-
-
-def _value(value: object) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, str) and value.endswith("+00:00"):
-        return value.removesuffix("+00:00").replace("T", " ") + " UTC"
-    return f"{value:,}" if type(value) is int else str(value)
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, marked: bool = False) -> str:
-    """A table, columns of figures set to the right.
-
-    With `marked` the first column is HTML, and says all that the others do: a phone shows it alone.
-    """
-    kinds = ["first"]
-    for column in range(1, len(names)):
-        figures = all(not row[column] or row[column][0] in "0123456789+-–" for row in rows)
-        kinds.append(" ".join(["number"] * figures + ["detail"] * marked))
-    head = "".join(f'<th class="{kind}">{_text(name)}</th>' for name, kind in zip(names, kinds, strict=True))
-    lines = []
-    for row in rows:
-        cells = "".join(
-            f'<td class="{kind}" data-label="{_text(name)}">{cell if marked and kind == "first" else _text(cell)}</td>'
-            for name, kind, cell in zip(names, kinds, row, strict=True)
-        )
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _figure(figure: Figure, says: str) -> str:
-    """A picture as SVG within the page; `says` is its text for those who do not see it."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{_text(says)}"', 1)
-    return f"<figure>{svg}</figure>"
