@@ -1,12 +1,15 @@
 """What was shown and what users did with it, kept as it arrives and read back in the layout of the log.
 
-A feedback directory holds one JSON-lines file a day of arrival, one line a request or a feedback:
+A feedback directory holds JSON lines (`penstock.json_lines`), a file a day of arrival, a line a request or a feedback:
 
-    {"kind": "impressions", "arrived_ms", "request_id", "user_id", "time_ms", "scenario", "device", "release",
-     "variant", "items": [item id, …]}
-    {"kind": "outcomes", "arrived_ms", "request_id", "events": [{"item_id", "click", …, "watch_time_ms"}, …]}
+    {"sequence", "kind": "impressions", "arrived_ms", "request_id", "user_id", "time_ms", "scenario", "device",
+     "release", "variant", "features_us", "items": [item id, …]}
+    {"sequence", "kind": "outcomes", "arrived_ms", "request_id",
+     "events": [{"item_id", "click", …, "watch_time_ms"}, …]}
 
-A line is written whole and flushed before the request is answered: a killed process loses nothing that was answered.
+The sequence is 1, 2, 3, … over all files, in their order, so that whoever follows the directory knows how far he is and
+can go back: it is the only buffer there is. `features_us` is the cutoff of the materialisation that the answer was made
+of, µs since 1970. Records of before there were numbers and cutoffs have neither; their number is their place.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date, timedelta
+from itertools import islice
 from pathlib import Path
-from threading import Lock
+from threading import Condition
 from typing import Any, Self
 
 import polars as pl
 
 from penstock.events import EVENTS, TIME, USERS, conform, read_table, write_events
+from penstock.json_lines import DailyLines, LineReader, day_files
 
 OUTCOMES = tuple(EVENTS.names("label"))
 MAX_SLATE = 128
@@ -32,7 +37,7 @@ MAX_SLATE = 128
 
 
 class FeedbackError(ValueError):
-    """A feedback directory that another process writes to, or that cannot be read; the message says what to do."""
+    """A feedback directory that another process writes to; the message says what to do."""
 
 
 def new_request_id() -> int:
@@ -41,24 +46,31 @@ def new_request_id() -> int:
 
 
 class FeedbackLog:
-    """The one writer of a feedback directory.
+    """The one writer of a feedback directory; safe for many threads.
+
+    Attributes:
+        sequence: the number of the last record.
 
     Raises:
         FeedbackError: another process writes to it.
+        LineError: it cannot be read.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._write = Lock()
-        self._day = ""
-        self._file: int | None = None
         self._held = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.sequence = last_sequence(directory)
         except BlockingIOError:
             os.close(self._held)
             raise FeedbackError(f"{directory}: another gateway writes feedback here; stop it first") from None
+        except BaseException:
+            os.close(self._held)
+            raise
+        self._lines = DailyLines(directory)
+        self._appended = Condition()
 
     def impressions(
         self,
@@ -66,43 +78,44 @@ class FeedbackLog:
         user_id: int,
         items: Sequence[int],
         *,
-        time_ms: int | None,
+        time_ms: int,
         scenario: int,
         device: int,
         release: int,
         variant: str,
-    ) -> None:
-        """Keeps a slate that is about to be answered; `items` in displayed order, `time_ms` None means now."""
+        features_us: int,
+    ) -> int:
+        """Keeps a slate that is about to be answered, `items` in displayed order; the record's number."""
         if len(items) > MAX_SLATE:
             raise FeedbackError(f"a slate holds at most {MAX_SLATE} items, not {len(items)}")
-        arrived_ms = time.time_ns() // 1_000_000
-        self._append(
+        return self._append(
+            "impressions",
             {
-                "kind": "impressions",
-                "arrived_ms": arrived_ms,
                 "request_id": request_id,
                 "user_id": user_id,
-                "time_ms": arrived_ms if time_ms is None else time_ms,
+                "time_ms": time_ms,
                 "scenario": scenario,
                 "device": device,
                 "release": release,
                 "variant": variant,
+                "features_us": features_us,
                 "items": list(items),
-            }
+            },
         )
 
-    def outcomes(self, request_id: int, events: Sequence[Mapping[str, int]]) -> None:
-        """Keeps what the user did with items of a request: item_id and any of `OUTCOMES`."""
-        arrived_ms = time.time_ns() // 1_000_000
-        self._append({"kind": "outcomes", "arrived_ms": arrived_ms, "request_id": request_id, "events": list(events)})
+    def outcomes(self, request_id: int, events: Sequence[Mapping[str, int]]) -> int:
+        """Keeps what the user did with items of a request, item_id and any of `OUTCOMES`; the record's number."""
+        return self._append("outcomes", {"request_id": request_id, "events": list(events)})
+
+    def wait(self, after: int, seconds: float) -> None:
+        """Returns when there is a record of a larger number, or the time is over."""
+        with self._appended:
+            self._appended.wait_for(lambda: self.sequence > after, seconds)
 
     def close(self) -> None:
         """Lets another process write."""
-        with self._write:
-            if self._file is not None:
-                os.close(self._file)
-                self._file = None
-            os.close(self._held)
+        self._lines.close()
+        os.close(self._held)
 
     def __enter__(self) -> Self:
         return self
@@ -110,63 +123,77 @@ class FeedbackLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        with self._write:
-            day = datetime.fromtimestamp(record["arrived_ms"] / 1000, UTC).date().isoformat()
-            if self._file is None or day != self._day:
-                if self._file is not None:
-                    os.close(self._file)
-                self._file = _open_for_append(self.directory / f"{day}.jsonl")
-                self._day = day
-            start = os.lseek(self._file, 0, os.SEEK_END)
-            try:
-                written = os.write(self._file, line)
-                if written < len(line):
-                    raise OSError(
-                        f"{self.directory}: only {written} of {len(line)} bytes were written; is the disk full?"
-                    )
-            except OSError:
-                os.ftruncate(self._file, start)  # half a line would spoil the next one
-                raise
+    def _append(self, kind: str, record: Mapping[str, Any]) -> int:
+        with self._appended:
+            arrived_ms = time.time_ns() // 1_000_000
+            number = self.sequence + 1
+            self._lines.append({"sequence": number, "kind": kind, "arrived_ms": arrived_ms, **record}, arrived_ms)
+            self.sequence = number
+            self._appended.notify_all()
+            return number
 
 
-def _open_for_append(path: Path) -> int:
-    """Opens `path` at the end of its last whole line: what a killed process left of a line was never answered."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
-    end = os.lseek(descriptor, 0, os.SEEK_END)
-    whole = end
-    while whole > 0:
-        start = max(0, whole - 65536)
-        newline = os.pread(descriptor, whole - start, start).rfind(b"\n")
-        if newline >= 0:
-            whole = start + newline + 1
-            break
-        whole = start
-    if whole < end:
-        os.ftruncate(descriptor, whole)
-    return descriptor
+class FeedbackReader:
+    """The records of a feedback directory in order, and those that come later.
 
+    Args:
+        after: a record's number: the files before the one that holds the next are left out,
+        days_before: but for those of so many days before it.
+    """
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of one file; a torn last line is none."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+    def __init__(self, directory: Path, after: int = 0, days_before: int = 0) -> None:
+        self._directory = directory
+        self._last = 0
+        self._lines: LineReader | None = None
+        files = [
+            (path, record.get("sequence", 0))
+            for path in day_files(directory)
+            for record in islice(LineReader(path).read(), 1)
+        ]
+        if not files:
+            return
+        start = max((place for place, (_, number) in enumerate(files) if 0 < number <= after + 1), default=0)
+        earliest = (date.fromisoformat(files[start][0].stem) - timedelta(days_before)).isoformat()
+        start = next(place for place, (path, _) in enumerate(files) if path.stem >= earliest)
+        if files[start][1] == 0:
+            start = 0  # records without a number are counted from the first
+        self._lines = LineReader(files[start][0])
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The records that were not read before.
+
+        Raises:
+            LineError: a line that is none.
+        """
+        while True:
+            # looked up first: a file that has a later one is complete
+            later = [path for path in day_files(self._directory) if self._lines is None or path > self._lines.path]
+            for record in self._lines.read() if self._lines else ():
+                self._last = record.setdefault("sequence", self._last + 1)
+                yield record
+            if not later:
                 return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise FeedbackError(f"{path}, line {number}: not a feedback record; move the file away") from error
+            self._lines = LineReader(later[0])
+
+
+def last_sequence(directory: Path) -> int:
+    """The number of the last record; 0 if there is none."""
+    return max((record["sequence"] for record in FeedbackReader(directory, after=2**63).read()), default=0)
+
+
+SEQUENCE_FILE = "feedback.json"
 
 
 def append_feedback(log: Path, directory: Path) -> int:
     """Adds the feedback to a log as its part "feedback"; the number of rows.
 
     Whoever the gateway answered from a cold start gets a row in the users table that says nothing but the id: the
-    log's own rule is that every event is of a known user.
+    log's own rule is that every event is of a known user. LOG/feedback.json tells how far the feedback went.
     """
-    rows = read_feedback(directory)
+    records = list(FeedbackReader(directory).read())
+    if records:
+        (log / SEQUENCE_FILE).write_text(json.dumps({"sequence": records[-1]["sequence"]}))
+    rows = _rows(records, str(directory))
     if rows.is_empty():
         return 0
     write_events(rows, log, "feedback")
@@ -182,9 +209,6 @@ def append_feedback(log: Path, directory: Path) -> int:
     return rows.height
 
 
-SEQUENCE_FILE = "feedback.json"
-
-
 def read_sequence(log: Path) -> int:
     """The number of the last feedback record that a log holds; 0 if it holds none."""
     path = log / SEQUENCE_FILE
@@ -195,21 +219,24 @@ def read_feedback(directory: Path) -> pl.DataFrame:
     """Every impression as one row of EVENTS, with what the user did with it, in order of time.
 
     Outcomes are merged by (request_id, item_id): of several, the largest label and watch time. Those of no impression
-    are left out. created_time is when the row arrived: event_time plus the delay of its last feedback, so that a
-    replay of another time keeps the delays it had.
+    are left out. A row arrived when it was shown, and what the user did so much later as its last outcome came after
+    the impression: a replay of another time keeps the delays it had.
 
     Raises:
-        FeedbackError: a line that is not a feedback record, but for a torn last one.
+        LineError: a line that is no record, but for a torn last one.
     """
-    impressions: list[dict[str, Any]] = []
-    outcomes: list[dict[str, Any]] = []
-    for path in sorted(directory.glob("*.jsonl")):
-        for record in _records(path):
-            if record.get("kind") == "impressions":
-                impressions.append(record)
-            elif record.get("kind") == "outcomes":
-                known = {"request_id": record["request_id"], "outcome_ms": record["arrived_ms"]}
-                outcomes += [known | event for event in record["events"]]
+    return _rows(FeedbackReader(directory).read(), str(directory))
+
+
+def _rows(records: Iterable[Mapping[str, Any]], source: str) -> pl.DataFrame:
+    impressions: list[Mapping[str, Any]] = []
+    outcomes: list[Mapping[str, Any]] = []
+    for record in records:
+        if record.get("kind") == "impressions":
+            impressions.append(record)
+        elif record.get("kind") == "outcomes":
+            known = {"request_id": record["request_id"], "outcome_ms": record["arrived_ms"]}
+            outcomes += [known | event for event in record["events"]]
     ids = {"request_id": pl.Int64, "item_id": pl.Int64}
     shown = pl.DataFrame(
         impressions,
@@ -222,6 +249,7 @@ def read_feedback(directory: Path) -> pl.DataFrame:
             "device": pl.Int64,
             "release": pl.Int64,
             "variant": pl.String,
+            "features_us": pl.Int64,
             "items": pl.List(pl.Int64),
         },
     )
@@ -234,14 +262,18 @@ def read_feedback(directory: Path) -> pl.DataFrame:
     )
     done = pl.DataFrame(outcomes, schema=ids | {"outcome_ms": pl.Int64} | dict.fromkeys(OUTCOMES, pl.Int64))
     done = done.group_by(*ids).agg(pl.all().max())
-    rows = shown.join(done, on=list(ids), how="left")
     event_us = pl.col("time_ms") * 1000
-    delay_us = (pl.col("outcome_ms").fill_null(pl.col("arrived_ms")) - pl.col("arrived_ms")).clip(0) * 1000
-    rows = rows.with_columns(
+    delay_us = (pl.col("outcome_ms") - pl.col("arrived_ms")).clip(0) * 1000
+    rows = shown.join(done, on=list(ids), how="left").with_columns(
         event_id=pl.col("request_id") * MAX_SLATE + pl.col("position"),
         event_time=event_us.cast(TIME),
-        created_time=(event_us + delay_us).cast(TIME),
+        created_time=event_us.cast(TIME),
+        outcome_time=(event_us + delay_us).cast(TIME),
+        # a request of another time than now can be earlier than what is materialised
+        features_time=pl.when(pl.col("features_us").is_not_null())
+        .then(pl.min_horizontal("features_us", event_us))
+        .cast(TIME),
         session_id=pl.lit(None, pl.Int64),
         **{name: pl.col(name).fill_null(0) for name in OUTCOMES},
     )
-    return conform(rows.select(*EVENTS.schema), EVENTS, str(directory)).sort("event_time", "event_id")
+    return conform(rows.select(*EVENTS.schema), EVENTS, source).sort("event_time", "event_id")

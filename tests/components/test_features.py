@@ -49,7 +49,15 @@ def test_ingest_adds_the_gateways_feedback(tmp_path: Path, with_feedback: bool) 
     if with_feedback:
         with FeedbackLog(feedback) as told:
             told.impressions(
-                2**52, 1, [3, 4], time_ms=1_772_000_000_000, scenario=0, device=1, release=2, variant="champion"
+                2**52,
+                1,
+                [3, 4],
+                time_ms=1_772_000_000_000,
+                scenario=0,
+                device=1,
+                release=2,
+                variant="champion",
+                features_us=1_771_999_200_000_000,
             )
             told.outcomes(2**52, [{"item_id": 4, "click": 1}])
     ingest.python_func(

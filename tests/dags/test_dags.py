@@ -182,7 +182,7 @@ def test_online_counts_are_by_variant_and_release(tmp_path: Path) -> None:
     from dags.release import online_counts
     from penstock.feedback import FeedbackLog
 
-    where = {"time_ms": 1_000, "scenario": 0, "device": 0}
+    where = {"time_ms": 1_000, "scenario": 0, "device": 0, "features_us": 0}
     with FeedbackLog(tmp_path) as log:
         log.impressions(1, 7, [10, 11], **where, release=1, variant="champion")
         log.impressions(2, 8, [10], **where, release=2, variant="challenger")
