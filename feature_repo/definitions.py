@@ -17,7 +17,6 @@ from feast import (
     FeatureService,
     FeatureView,
     Field,
-    FileSource,
     OnDemandFeatureView,
     PushSource,
     RepoConfig,
@@ -33,12 +32,12 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # the feast command knows this folder only
 
 from feature_repo.configuration import read_configuration  # noqa: E402
+from feature_repo.sources import source  # noqa: E402
 from penstock.features import (  # noqa: E402
     KEYS,
     ON_DEMAND,
     OWNER,
     SERVICES,
-    STAMPS,
     VIEWS,
     Feature,
     OnDemand,
@@ -75,7 +74,7 @@ class Definitions:
 
 
 def define(home: Path, configuration: RepoConfig) -> Definitions:
-    """The repository's objects, reading HOME/features/<view>.parquet."""
+    """The repository's objects, reading the offline tables where the configuration has them."""
     entities = {
         name: Entity(
             name=name, join_keys=[KEYS[name]], value_type=ValueType.INT64, description=description, owner=OWNER
@@ -112,15 +111,7 @@ def define(home: Path, configuration: RepoConfig) -> Definitions:
 
 def _source(view: View, home: Path, configuration: RepoConfig) -> DataSource:
     """Where the snapshots of a view lie; those of a pushed view may also be pushed to the online store."""
-    event, created = STAMPS
-    snapshots = FileSource(
-        name=f"{view.name}_source",
-        path=str(home / "features" / f"{view.name}.parquet"),
-        timestamp_field=event,
-        created_timestamp_column=created,
-        description=f"snapshots of {view.name} as penstock.features makes them of the log",
-        owner=view.owner,
-    )
+    snapshots = source(view, home, configuration)
     if view.freshness == "materialised":
         return snapshots
     return PushSource(

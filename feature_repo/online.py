@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+from feast import FeatureStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 
-from feature_repo.configuration import StoreError
+from feature_repo.configuration import StoreError, addresses, reaching
 from feature_repo.materialised import IN_MEMORY, Materialised, path_of, read_materialised, table_path
 from feature_repo.on_demand import as_column
 from feature_repo.store import EPOCH, check_service, open_store, quiet
@@ -89,12 +90,13 @@ class Online:
 
     def __init__(self, home: Path) -> None:
         self._home = home
-        self._store = open_store(home)
+        # a connection on which one thread writes is none that others can read on
+        self._store, self._pushes = open_store(home), open_store(home)
+        self._pushing = threading.Lock()
         for service in SERVICES:
             check_service(self._store, service)
-        with quiet():
+        with quiet(), reaching(self._store.config):
             self._views = {view.name: self._store.get_feature_view(view.name) for view in VIEWS}
-        self._provider = self._store._get_provider()
         self._switching = threading.Lock()
         self._seen: tuple[int, int] | None = None
         self._current: tuple[Materialised, dict[str, _Table]] = (Materialised(0, 0, 0), {})
@@ -149,10 +151,10 @@ class Online:
         if frame.empty:
             return
         try:
-            with quiet():
-                self._store.push(f"{ACTIVITY.name}_push", frame)
+            with self._pushing, quiet():
+                self._pushes.push(f"{ACTIVITY.name}_push", frame)
         except Exception as error:
-            raise _away(error) from error
+            raise _away(self._pushes, error) from error
 
     def _tables(self) -> tuple[Materialised, dict[str, _Table]]:
         """The newest materialisation and its tables."""
@@ -177,18 +179,19 @@ class Online:
         names = [feature.name for feature in view.features]
         keys = [EntityKey(join_keys=[view.key], entity_values=[Value(int64_val=int(key))]) for key in ids]
         try:
-            rows = self._provider.online_read(self._store.config, self._views[view.name], keys, names)
+            rows = self._store._get_provider().online_read(self._store.config, self._views[view.name], keys, names)
         except Exception as error:
-            raise _away(error) from error
+            raise _away(self._store, error) from error
         return {
             feature.name: as_column([_value((row or {}).get(feature.name)) for _, row in rows], feature.dtype)
             for feature in view.features
         }
 
 
-def _away(error: Exception) -> StoreError:
+def _away(store: FeatureStore, error: Exception) -> StoreError:
+    store._provider = None  # a connection that is broken stays so: the next call makes another
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return StoreError(f"the online store does not answer: {reason}")
+    return StoreError(f"the online store ({addresses(store.config)['online store']}) does not answer: {reason}")
 
 
 def _computed(wanted: Sequence[OnDemand], columns: Mapping[str, Column], *, of_items: bool) -> dict[str, Column]:

@@ -16,10 +16,12 @@ from typing import Any
 
 import polars as pl
 from feast import FeatureStore
+from feast.errors import FeatureServiceNotFoundException
 
-from feature_repo.configuration import StoreError, read_configuration
+from feature_repo.configuration import StoreError, addresses, reaching, read_configuration
 from feature_repo.definitions import define
 from feature_repo.materialised import Materialised, read_materialised, write_materialised
+from feature_repo.sources import copy_tables, table_file
 from penstock.durable import sync_directory, sync_file
 from penstock.events import TIME
 from penstock.features import (
@@ -54,15 +56,16 @@ def quiet() -> Iterator[None]:
 def open_store(home: Path) -> FeatureStore:
     """Feast's own store on HOME, as the configuration describes it."""
     (home / "feast").mkdir(parents=True, exist_ok=True)
-    with quiet():
-        return FeatureStore(config=read_configuration(home))
+    configuration = read_configuration(home)
+    with quiet(), reaching(configuration):
+        return FeatureStore(config=configuration)
 
 
 def apply(home: Path) -> None:
     """Registers the definitions; harmless when they are registered, or when others have the store open."""
     store = open_store(home)
     definitions = define(home.resolve(), store.config)
-    with quiet():
+    with quiet(), reaching(store.config):
         store.apply(
             [
                 *definitions.entities,
@@ -82,6 +85,7 @@ def refresh(home: Path, log: Path, out: Path) -> dict[str, dict[str, Any]]:
 
     Raises:
         LogError: the log cannot be read; nothing was changed.
+        StoreError: a server does not answer; what serving reads from the home has not changed.
     """
     with _step("features of the log") as done:
         tables, cutoff = feature_tables(log), log_end(log)
@@ -146,14 +150,16 @@ def with_tombstones(table: pl.DataFrame, definition: View, home: Path, at: datet
     return pl.concat([table, rows.select(table.columns)])
 
 
-def table_file(home: Path, definition: View) -> Path:
-    """The offline table of a view."""
-    return home / "features" / f"{definition.name}.parquet"
-
-
 def write_tables(home: Path, tables: Mapping[str, pl.DataFrame]) -> None:
-    """Replaces the offline tables together: all are written under other names before the first is renamed."""
+    """Replaces the offline tables together: all are written under other names before the first is renamed.
+
+    A store that keeps its own gets them before the files are renamed: when it does not answer, nothing has changed.
+
+    Raises:
+        StoreError: it does not answer.
+    """
     (home / "features").mkdir(parents=True, exist_ok=True)
+    configuration = read_configuration(home)
     temporaries: dict[Path, Path] = {}
     try:
         for name, table in tables.items():
@@ -162,6 +168,8 @@ def write_tables(home: Path, tables: Mapping[str, pl.DataFrame]) -> None:
             temporaries[temporary] = path
             table.write_parquet(temporary)
             sync_file(temporary)
+        with reaching(configuration):
+            copy_tables(configuration, tables)
         for temporary, path in temporaries.items():
             temporary.replace(path)
     except BaseException:
@@ -186,7 +194,7 @@ def newest_rows(table: pl.DataFrame, definition: View, at: datetime) -> pl.DataF
 def write_online(home: Path, newest: Mapping[str, pl.DataFrame], at: datetime) -> None:
     """Writes the newest rows of each view to the online store."""
     store = open_store(home)
-    with quiet():
+    with quiet(), reaching(store.config):
         store.materialize(EPOCH, at, feature_views=list(newest))
 
 
@@ -218,14 +226,17 @@ def historical(home: Path, rows: pl.DataFrame, service: str) -> pl.DataFrame:
 def _join(store: FeatureStore, rows: pl.DataFrame, views: Sequence[View]) -> pl.DataFrame:
     """The features of some views as they were at event_timestamp, a row for each of `rows`."""
     wanted = [feature for definition in views for feature in definition.features]
-    asked = rows.select(*{definition.key: None for definition in views}, "event_timestamp").with_row_index("row")
+    asked = rows.select(*{definition.key: None for definition in views}, "event_timestamp").with_columns(
+        row=pl.int_range(pl.len(), dtype=pl.Int64)
+    )
     features = [f"{definition.name}:{feature.name}" for definition in views for feature in definition.features]
     if rows.is_empty():
         return pl.DataFrame(schema={feature.name: feature.dtype for feature in wanted})
-    with quiet():
-        joined = pl.from_arrow(store.get_historical_features(asked.to_pandas(), features).to_arrow())
-    assert isinstance(joined, pl.DataFrame)
-    joined = joined.with_columns(pl.col("row").cast(pl.UInt32)).sort("row")
+    with quiet(), reaching(store.config):
+        job = store.get_historical_features(asked.to_pandas(), features, filter_by_created_timestamp=True)
+        # Feast takes Spark's result through pandas, where whole numbers beside nulls become floats
+        table = job.to_spark_df().toArrow() if hasattr(job, "to_spark_df") else job.to_arrow()
+    joined = pl.DataFrame(table).sort("row")
     if not joined["row"].equals(asked["row"]):
         raise StoreError(
             f"the point-in-time join made {joined['row'].n_unique()} of {asked.height} rows, {joined.height} in all:"
@@ -239,9 +250,8 @@ def check_service(store: FeatureStore, name: str) -> None:
     if name not in SERVICES:
         raise StoreError(f"unknown feature service {name!r}: there are {', '.join(SERVICES)}")
     try:
-        with quiet():
+        with quiet(), reaching(store.config):
             store.get_feature_service(name)
-    except Exception as error:
-        raise StoreError(
-            f"feature service {name} is not registered in {store.config.registry.path}: run apply"
-        ) from error
+    except FeatureServiceNotFoundException as error:
+        where = addresses(store.config)["registry"]
+        raise StoreError(f"feature service {name} is not registered in {where}: run apply") from error
