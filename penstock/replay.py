@@ -60,6 +60,11 @@ class Vectors:
     requests: pl.DataFrame
     items: pl.DataFrame
 
+    def of(self, kept: pl.Series) -> Vectors:
+        """Those of some requests; `kept` is true for them."""
+        requests = self.requests.filter(kept)
+        return Vectors(requests, self.items.join(requests, on="request_id", how="semi", maintain_order="left"))
+
 
 @dataclass(frozen=True)
 class Example:

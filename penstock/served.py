@@ -12,6 +12,7 @@ of the same value, and comes back to the bit.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,10 @@ def _values(column: Column) -> list[Any]:
     return [row.tolist() for row in column.lists()] if isinstance(column, Ragged) else column.tolist()
 
 
-def read_served(directory: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+def read_served(directory: Path, newest: int | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The kept requests in order of arrival: a row a request, and a row a request and item, in displayed order.
+
+    With `newest` only the last so many requests, and no day before theirs is read.
 
     Of requests request_id, user_id, scenario, device, release, service, event_time, features_time (the cutoff of the
     materialisation that was served) and the features that all items share; of items request_id, item_id and the others.
@@ -92,7 +95,12 @@ def read_served(directory: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     Raises:
         LineError: a line that is no record, but for a torn last one.
     """
-    records = [record for path in day_files(directory) for record in LineReader(path).read()]
+    records: deque[dict[str, Any]] = deque()
+    for path in reversed(day_files(directory)):
+        if newest is None or len(records) < newest:
+            records.extendleft(reversed(list(LineReader(path).read())))
+    while newest is not None and len(records) > newest:
+        records.popleft()
     shared = {name: dtype for name, dtype in FEATURES.items() if any(name in record["user"] for record in records)}
     own = {name: dtype for name, dtype in FEATURES.items() if any(name in record["of_items"] for record in records)}
     requests = pl.DataFrame(

@@ -93,6 +93,21 @@ def test_what_one_request_was_not_given_is_null(tmp_path: Path) -> None:
     assert "gone_since" not in items.columns
 
 
+def test_the_newest_are_read_from_the_end(tmp_path: Path) -> None:
+    for day, ids in (("2026-01-01", [1, 2, 3]), ("2026-01-02", [4]), ("2026-01-03", [5, 6])):
+        log = ServedLog(tmp_path / day, 1.0)
+        for request_id in ids:
+            log.keep(request_id, 7, ITEMS, **CONTEXT, user={}, of_items={})
+        log.close()
+        (written,) = (tmp_path / day).glob("*.jsonl")
+        written.rename(tmp_path / f"{day}.jsonl")
+    (tmp_path / "2025-12-31.jsonl").write_text("no record\n")
+    for newest in (1, 2, 3, 4, 5):
+        requests, items = read_served(tmp_path, newest)
+        assert requests["request_id"].to_list() == [1, 2, 3, 4, 5, 6][-newest:]
+        assert items["request_id"].n_unique() == newest
+
+
 def test_nothing_served_is_two_empty_tables(tmp_path: Path) -> None:
     requests, items = read_served(tmp_path)
     assert (requests.height, items.height) == (0, 0)
