@@ -1,10 +1,10 @@
 """What a materialisation leaves for serving beside the online store, under HOME/features.
 
     materialised.json             version, cutoff, sequence: written last, so what it names is there
-    serving-<version>/<view>.arrow  rows of the materialised views of items and scenarios, by key
+    serving-<version>/<view>.arrow  the rows of each materialised view, by key
 
 The tables are the very rows that were written online. They are mapped into memory, so that all processes share one
-copy and opening one costs nothing; a reader takes up the next ones when materialised.json is replaced.
+copy and opening one costs nothing; a reader takes up the next ones, all together, when materialised.json is replaced.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import pyarrow as pa
 from penstock.durable import replace_file, sync_directory, sync_file
 from penstock.features import VIEWS
 
-IN_MEMORY = tuple(view for view in VIEWS if view.freshness == "materialised" and view.entity != "user")
-"""The views of which a request asks hundreds of rows, or always the same one."""
+IN_MEMORY = tuple(view for view in VIEWS if view.freshness == "materialised")
+"""The views that change with a materialisation only."""
 
 
 @dataclass(frozen=True)

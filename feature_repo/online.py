@@ -21,6 +21,7 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feature_repo.configuration import StoreError, addresses, reaching
 from feature_repo.materialised import IN_MEMORY, Materialised, path_of, read_materialised, table_path
 from feature_repo.on_demand import as_column
+from feature_repo.online_store import PackedOnlineStore
 from feature_repo.store import EPOCH, check_service, open_store, quiet
 from penstock.activity import Activity
 from penstock.features import SERVICES, STAMPS, VIEWS, Column, OnDemand, Ragged, View, default, on_demand_of, views_of
@@ -66,22 +67,27 @@ class _Table:
 
     def take(self, keys: np.ndarray) -> dict[str, Column]:
         """The columns of some entities, in their order."""
+        places, found = self._find(keys)
+        rows = np.where(found, places, len(self._keys))
+        return {name: column.take(rows) for name, column in self._columns.items()}
+
+    def holds(self, keys: np.ndarray) -> np.ndarray:
+        """Which of some entities it holds."""
+        return self._find(keys)[1]
+
+    def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         places = np.searchsorted(self._keys, keys)
         found = places < len(self._keys)
         found[found] = self._keys[places[found]] == keys[found]
-        rows = np.where(found, places, len(self._keys))
-        return {
-            name: column.take(rows) if isinstance(column, Ragged) else column[rows]
-            for name, column in self._columns.items()
-        }
+        return places, found
 
 
 class Online:
     """Reads the newest values for serving; one for a process, shared by its threads.
 
-    Users are read from the online store at each call. Items and scenarios lie in memory as the last materialisation
-    left them; the next one is taken up when it is complete. Definitions are looked up once: after `apply` of others,
-    open a new one.
+    What is pushed is read from the online store at each call. What changes with a materialisation lies in memory as
+    the last one left it; the next one is taken up, all its tables together, when it is complete. Definitions are looked
+    up once: after `apply` of others, open a new one.
 
     Raises:
         StoreError: the definitions are not registered, or there was no materialisation; and so do all methods when the
@@ -108,13 +114,14 @@ class Online:
 
     def user(self, user_id: int, service: str, request: Request) -> dict[str, Column]:
         """One row: stored features of the user and the request's scenario, and what is computed without an item."""
-        columns: dict[str, Column] = {}
         tables = self._tables()[1]
+        keys = {"user": user_id, "scenario": request.scenario}
+        columns: dict[str, Column] = {}
         for view in views_of(service):
-            if view.entity == "user":
+            if view.freshness == "pushed":
                 columns |= self._read(view, [user_id])
-            elif view.entity == "scenario":
-                columns |= tables[view.name].take(np.array([request.scenario]))
+            elif view.entity in keys:
+                columns |= tables[view.name].take(np.array([keys[view.entity]]))
         return columns | _computed(on_demand_of(service), columns | request.columns(), of_items=False)
 
     def items(
@@ -136,6 +143,19 @@ class Online:
         return {
             user: Activity.of({name: values[row] for name, values in lists.items()})  # type: ignore[misc]
             for row, user in enumerate(user_ids)
+        }
+
+    def authors_and_tags(self, item_ids: Sequence[int]) -> dict[int, tuple[int, tuple[int, ...]]]:
+        """Author and tags of those items that the last materialisation knew."""
+        profiles, keys = self._tables()[1]["item_profile"], np.array(item_ids, np.int64)
+        keys = keys[profiles.holds(keys)]
+        columns = profiles.take(keys)
+        authors, tags = columns["author_id"], columns["tags"]
+        assert isinstance(authors, np.ndarray)
+        assert isinstance(tags, Ragged)
+        return {
+            item: (author, tuple(of.tolist()))
+            for item, author, of in zip(keys.tolist(), authors.tolist(), tags.lists(), strict=True)
         }
 
     def push(self, activities: Mapping[int, Activity]) -> None:
@@ -176,19 +196,25 @@ class Online:
 
     def _read(self, view: View, ids: Sequence[int]) -> dict[str, Column]:
         """What the store holds of each entity, defaults where it holds nothing."""
-        names = [feature.name for feature in view.features]
-        keys = [EntityKey(join_keys=[view.key], entity_values=[Value(int64_val=int(key))]) for key in ids]
+        config, table = self._store.config, self._views[view.name]
         try:
-            rows = self._store._get_provider().online_read(self._store.config, self._views[view.name], keys, names)
+            online = self._store._get_provider().online_store
+            if isinstance(online, PackedOnlineStore):
+                rows = online.read_rows(config, table, [int(key) for key in ids])
+            else:
+                keys = [EntityKey(join_keys=[view.key], entity_values=[Value(int64_val=int(key))]) for key in ids]
+                found = online.online_read(config, table, keys, [feature.name for feature in view.features])
+                rows = [{name: _value(value) for name, value in (values or {}).items()} for _, values in found]
         except Exception as error:
             raise _away(self._store, error) from error
         return {
-            feature.name: as_column([_value((row or {}).get(feature.name)) for _, row in rows], feature.dtype)
-            for feature in view.features
+            feature.name: as_column([row.get(feature.name) for row in rows], feature.dtype) for feature in view.features
         }
 
 
 def _away(store: FeatureStore, error: Exception) -> StoreError:
+    if isinstance(error, StoreError):
+        return error
     store._provider = None  # a connection that is broken stays so: the next call makes another
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return StoreError(f"the online store ({addresses(store.config)['online store']}) does not answer: {reason}")
@@ -203,9 +229,9 @@ def _computed(wanted: Sequence[OnDemand], columns: Mapping[str, Column], *, of_i
     return found
 
 
-def _value(value: Value | None) -> Any:
-    kind = value.WhichOneof("val") if value is not None else None
-    if value is None or kind is None or kind == "null_val":
+def _value(value: Value) -> Any:
+    kind = value.WhichOneof("val")
+    if kind is None or kind == "null_val":
         return None
     found = getattr(value, kind)
     return found.val if hasattr(found, "val") else found
