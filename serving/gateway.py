@@ -11,9 +11,10 @@ import argparse
 import os
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,14 +26,20 @@ from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from feature_repo.online import Request as FeatureRequest
 from penstock.events import DAY_MS
 from penstock.feedback import FeedbackError, FeedbackLog, new_request_id
-from serving.recommender import Context, Recommender, UnavailableError, as_json
+from penstock.json_lines import LineError
+from penstock.served import ServedLog
+from serving.pusher import Pusher
+from serving.recommender import Recommender, UnavailableError, as_json
 from serving.settings import Settings, SettingsError, from_environment
 
 MAX_ID = 2**63 - 1
 MAX_TIME_MS = 4_102_444_800_000  # the year 2100
 MAX_EVENTS = 1000
+VISIBLE_SECONDS = 0.25
+"""How long an answer to feedback waits for it to be in the online store, where the next request finds it."""
 
 Label = Annotated[int, Field(ge=0, le=1)]
 
@@ -104,6 +111,16 @@ class FeedbackResponse(BaseModel):
     accepted: int
 
 
+class StatusResponse(BaseModel):
+    """How far the online store is behind the feedback, of which nothing is lost: `waiting` of the `records` that there
+    are; while the store does not take them, since when (ms since 1970), and why."""
+
+    records: int
+    waiting: int
+    away_since_ms: int | None
+    reason: str | None
+
+
 class Failure(BaseModel):
     """Why a request failed; `remedy` is what to do, `field` and `bound` are where a value is out of range."""
 
@@ -125,14 +142,20 @@ def create_app(settings: Settings) -> FastAPI:
 
     Raises:
         FeedbackError: another gateway logs to the same home.
+        LineError: its feedback cannot be read.
     """
     log = FeedbackLog(settings.home / "feedback")
+    served = ServedLog(settings.home / "feedback" / "served", settings.served_share)
     recommender = Recommender(settings)
+    pusher = Pusher(settings.home, log, recommender.online)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        pusher.start()
         yield
+        pusher.close()
         recommender.close()
+        served.close()
         log.close()
 
     # its page of the API needs no script from elsewhere
@@ -144,21 +167,35 @@ def create_app(settings: Settings) -> FastAPI:
     @app.post("/recommend", responses=_FAILURES)
     def recommend(request: RecommendRequest) -> RecommendResponse:
         """The best items for a user; they are logged as impressions unless it is a preview."""
-        context = Context(request.context.scenario, request.context.device, request.context.time_ms)
-        slate = recommender.recommend(request.user_id, request.k, context)
+        asked = request.context
+        time_ms = time.time_ns() // 1_000_000 if asked.time_ms is None else asked.time_ms
+        slate = recommender.recommend(request.user_id, request.k, FeatureRequest(time_ms, asked.scenario, asked.device))
         request_id = new_request_id()
         if not request.preview:
+            where = {"time_ms": time_ms, "scenario": asked.scenario, "device": asked.device}
+            vectors = slate.vectors
             with _writing():
                 log.impressions(
                     request_id,
                     request.user_id,
                     slate.items,
-                    time_ms=context.time_ms,
-                    scenario=context.scenario,
-                    device=context.device,
+                    **where,
                     release=slate.release,
                     variant=slate.variant,
+                    features_us=vectors.features_us,
                 )
+                if served.wants(request_id):
+                    served.keep(
+                        request_id,
+                        request.user_id,
+                        slate.items,
+                        **where,
+                        release=slate.release,
+                        service=vectors.service,
+                        features_us=vectors.features_us,
+                        user=vectors.user,
+                        of_items=vectors.of_items,
+                    )
         return RecommendResponse(
             request_id=request_id,
             user_id=request.user_id,
@@ -170,9 +207,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.post("/feedback", responses=_FAILURES)
     def feedback(request: FeedbackRequest) -> FeedbackResponse:
-        """What the user did with the items of a request."""
+        """What the user did with the items of a request; the next request of the user is answered by it."""
         with _writing():
-            log.outcomes(request.request_id, [event.model_dump() for event in request.events])
+            sequence = log.outcomes(request.request_id, [event.model_dump() for event in request.events])
+        pusher.wait(sequence, VISIBLE_SECONDS)
         return FeedbackResponse(accepted=len(request.events))
 
     @app.get("/health")
@@ -185,6 +223,11 @@ def create_app(settings: Settings) -> FastAPI:
         """The gateway can answer: which releases it does that with."""
         current = recommender.ready()
         return {"champion": current.champion, "challenger": current.challenger, "share": current.share}
+
+    @app.get("/status")
+    def status() -> StatusResponse:
+        """How far what users did is visible to the next request."""
+        return StatusResponse(**asdict(pusher.status()))
 
     return app
 
@@ -242,7 +285,7 @@ def main() -> None:
             app = create_app(settings)
             print(f"gateway: http://{settings.host}:{listener.getsockname()[1]}", flush=True)
             uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
-    except (SettingsError, FeedbackError, OSError) as error:
+    except (SettingsError, FeedbackError, LineError, OSError) as error:
         sys.exit(f"gateway: {error}")
 
 

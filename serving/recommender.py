@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import numpy as np
 
-from feature_repo.store import Online
+from feature_repo.online import Online, Request
 from penstock import release, routing
-from penstock.features import request_features
+from penstock.features import SERVICES, VIEWS, Column, Ragged
 from penstock.fusion import fuse
 from penstock.release import MODELS, ReleaseError
 from penstock.routing import Routing, RoutingError, Variant
@@ -23,7 +23,15 @@ from serving.settings import Settings
 
 PADDING = -1
 
-Columns = Mapping[str, np.ndarray | list[Any]]
+KNOWN_OF_USER = [
+    feature.name
+    for view in VIEWS
+    if view.entity == "user"
+    for feature in view.features
+    if feature.name != "feedback_sequence"
+]
+
+Columns = Mapping[str, Column]
 
 
 class UnavailableError(RuntimeError):
@@ -39,24 +47,33 @@ class UnavailableError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Context:
-    """Where and when a request was made; `time_ms` is in ms since 1970 (UTC), None means now."""
+class Vectors:
+    """The features that a slate was ranked by.
 
-    scenario: int = 0
-    device: int = 0
-    time_ms: int | None = None
+    Attributes:
+        service: the rank model's feature service.
+        features_us: the cutoff of the materialisation that they are of, µs since 1970.
+        user: of one row: what is the same for all items.
+        of_items: a row an item, in displayed order.
+    """
+
+    service: str
+    features_us: int
+    user: Columns
+    of_items: Columns
 
 
 @dataclass(frozen=True)
 class Slate:
-    """The items for a user, best first, and the release that chose them."""
+    """The items for a user, best first, the release that chose them, and of what."""
 
     release: int
     variant: Variant
     cold_start: bool
-    items: tuple[int, ...]
-    scores: tuple[float, ...]
-    heads: tuple[dict[str, float], ...]
+    vectors: Vectors
+    items: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    heads: tuple[dict[str, float], ...] = ()
 
 
 class RoutingFile:
@@ -109,20 +126,20 @@ class Recommender:
         """Ends the channel to the model server."""
         self._models.close()
 
-    def recommend(self, user_id: int, k: int, context: Context) -> Slate:
-        """The best `k` of the items that the user has not long-viewed.
+    def recommend(self, user_id: int, k: int, request: Request) -> Slate:
+        """The best `k` of the items that are not among the last that the user long-viewed.
 
         Raises:
             UnavailableError: no release is live, or the model server or the feature store does not answer.
         """
         before = self._current()
         try:
-            return self._recommend(before, user_id, k, context)
+            return self._recommend(before, user_id, k, request)
         except ModelError as error:
             # a release may be unloaded between reading the document and asking for it: then there is a newer document
             if error.code is grpc.StatusCode.NOT_FOUND and self._current() != before:
                 try:
-                    return self._recommend(self._current(), user_id, k, context)
+                    return self._recommend(self._current(), user_id, k, request)
                 except ModelError as again:
                     raise self._unavailable(again) from again
             raise self._unavailable(error) from error
@@ -134,8 +151,9 @@ class Recommender:
             UnavailableError: one of them is not.
         """
         current = self._current()
-        self._features("users", [0], "recall_v1")
         for number in current.answering:
+            with _reading():
+                self.online().user(0, self._service(number, "rank"), Request(0, 0, 0))
             for model in MODELS:
                 try:
                     loaded = self._models.ready(model, number)
@@ -172,55 +190,66 @@ class Recommender:
                 raise UnavailableError(str(error), "restore it, or roll back to the former release") from error
         return self._manifests[number]
 
-    def _features(self, of: str, ids: Sequence[int], service: str) -> dict[str, np.ndarray | list[Any]]:
-        """Online features of users or items."""
-        try:
-            if self._online is None:
-                with self._opening:
-                    self._online = self._online or Online(self._settings.home)
-            read = self._online.users if of == "users" else self._online.items
-            return read(ids, service)
-        except Exception as error:  # Feast and its stores raise anything; none of it may become a 500
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    def _service(self, number: int, model: str) -> str:
+        """The feature service of a model of a release."""
+        name: str = self._manifest(number)["feature_services"][model]
+        if name not in SERVICES:
             raise UnavailableError(
-                f"the feature store does not answer: {reason}", "fill it by a run of the prepare DAG"
-            ) from error
+                f"{model} of release {number} reads the feature service {name}, which there is no more: there are "
+                + ", ".join(SERVICES),
+                "train a candidate and approve its release",
+            )
+        return name
 
-    def _recommend(self, current: Routing, user_id: int, k: int, context: Context) -> Slate:
+    def online(self) -> Online:
+        """The feature store, opened once.
+
+        Raises:
+            StoreError: it cannot be.
+        """
+        if self._online is None:
+            with self._opening:
+                self._online = self._online or Online(self._settings.home)
+        return self._online
+
+    def _recommend(self, current: Routing, user_id: int, k: int, request: Request) -> Slate:
+        while True:
+            with _reading():
+                before = self.online().materialised()
+            slate = self._slate(current, user_id, k, request, before.cutoff_us)
+            with _reading():
+                if self.online().materialised() == before:  # else its features are of two
+                    return slate
+
+    def _slate(self, current: Routing, user_id: int, k: int, request: Request, features_us: int) -> Slate:
         variant = routing.variant(current, user_id)
         number = current.release(variant)
         assert number is not None  # a variant is only drawn for a release there is
         manifest = self._manifest(number)
-        services = manifest["feature_services"]
-        time_ms = time.time_ns() // 1_000_000 if context.time_ms is None else context.time_ms
-        asked = {"scenario": np.array([context.scenario]), "device": np.array([context.device])}
+        recall, rank = (self._service(number, model) for model in MODELS)
+        asked = {"user_id": np.array([user_id]), **request.columns()}
 
-        user = self._features("users", [user_id], services["recall"])
-        history = np.asarray(user["history_items"][0], np.int64)
+        with _reading():
+            user = self.online().user(user_id, rank, request)
+            # one reading of the user for both models, so that both see the same
+            if not set(SERVICES[recall]) <= set(SERVICES[rank]):
+                user = self.online().user(user_id, recall, request) | user
+        history = user["history_items"]
         columns: Columns = {
             **user,
             **asked,
-            **{name: np.atleast_1d(value) for name, value in request_features(time_ms, 0).items()},
-            "user_id": np.array([user_id]),
             "k": np.array(max(self._settings.candidates, k), np.int32),
-            "exclude": [history],
+            "exclude": history,
         }
         found = self._predict("recall", number, columns, 1)["ids"][0]
         ids = found[found >= 0]
-        cold_start = not any(np.any(values[0]) for values in user.values())
+        cold_start = not any(_says_anything(user[name]) for name in KNOWN_OF_USER if name in user)
         if not len(ids):
-            return Slate(number, variant, cold_start, (), (), ())
+            return Slate(number, variant, cold_start, Vectors(rank, features_us, user, {}))
 
-        items = self._features("items", ids.tolist(), services["rank"])
-        columns = {
-            **self._features("users", [user_id], services["rank"]),
-            **asked,
-            **items,
-            **request_features(time_ms, items["upload_time_ms"]),
-            "user_id": np.array([user_id]),
-            "item_id": ids,
-        }
-        heads = self._predict("rank", number, columns, len(ids))
+        with _reading():
+            items = self.online().items(ids, rank, user, request)
+        heads = self._predict("rank", number, {**user, **asked, **items, "item_id": ids}, len(ids))
         heads = {name: np.asarray(heads[name], np.float64) for name in manifest["heads"]}
         scores = fuse(heads, manifest["weights"])
         if not np.isfinite(scores).all():
@@ -228,10 +257,12 @@ class Recommender:
                 f"rank of release {number} gives scores that are not finite", "roll back to the former release"
             )
         best = np.argsort(-scores, kind="stable")[:k]
+        of_best = {name: column.take(best) for name, column in items.items()}
         return Slate(
             release=number,
             variant=variant,
             cold_start=cold_start,
+            vectors=Vectors(rank, features_us, user, of_best),
             items=tuple(ids[best].tolist()),
             scores=tuple(scores[best].tolist()),
             heads=tuple({name: float(values[place]) for name, values in heads.items()} for place in best),
@@ -250,17 +281,30 @@ class Recommender:
         return self._models.predict(model, number, inputs)
 
 
-def _input(values: np.ndarray | list[Any], spec: Input, rows: int) -> np.ndarray:
-    """`values`, of one row or `rows`, in the dtype and rank of an input: lists are padded with -1."""
-    if spec.rank == 0:
-        return np.asarray(values, spec.dtype)
-    if spec.rank == 2:
-        array = np.full((len(values), max(1, *map(len, values))), PADDING, spec.dtype)
-        for row, value in zip(array, values, strict=True):
-            row[: len(value)] = value
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turns what the feature store raises into the answer that says so."""
+    try:
+        yield
+    except Exception as error:  # Feast and its stores raise anything; none of it may become a 500
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnavailableError(
+            f"the feature store does not answer: {reason}", "fill it by a run of the prepare DAG"
+        ) from error
+
+
+def _says_anything(column: Column) -> bool:
+    return bool(column.lengths.any() if isinstance(column, Ragged) else column.any())
+
+
+def _input(column: Column, spec: Input, rows: int) -> np.ndarray:
+    """A column of one row or `rows`, in the dtype and rank of an input: lists are padded with -1."""
+    if isinstance(column, Ragged):
+        array = np.full((len(column), max(1, *column.lengths)), PADDING, spec.dtype)
+        array[np.arange(array.shape[1]) < column.lengths[:, None]] = column.values
     else:
-        array = np.asarray(values).astype(spec.dtype)
-    return array if len(array) == rows else np.broadcast_to(array, (rows, *array.shape[1:]))
+        array = column.astype(spec.dtype)
+    return array if spec.rank == 0 or len(array) == rows else np.broadcast_to(array, (rows, *array.shape[1:]))
 
 
 def as_json(slate: Slate) -> list[dict[str, Any]]:

@@ -7,34 +7,39 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import numpy as np
-import polars as pl
 import pytest
 import tensorflow as tf
 import uvicorn
 from fastapi import FastAPI
 
-from feature_repo.store import apply, materialise, write_tables
+from feature_repo.store import refresh
 from penstock import release, routing
-from penstock.features import VIEWS, default
+from penstock.features import PRIOR_IMPRESSIONS
 from penstock.release import Candidate
 from penstock.routing import Routing
 from serving.gateway import create_app
 from serving.model_client import ModelClient
 from serving.model_server import ModelServer
 from serving.settings import Settings
+from tests.small_log import HOUR, START, an_event, write_log
 
 ITEMS = 40
 CATALOGUE = 1000
 """Release N recommends items N*1000 … N*1000+39 and its rank model knows them by that: a mixed release shows."""
 
-SNAPSHOT = datetime(2024, 5, 1, tzinfo=UTC)
-UPLOADED_MS = int(SNAPSHOT.timestamp() * 1000)
+UPLOADED_MS = int((START - 5 * HOUR).timestamp() * 1000)
+"""When `tests.small_log` uploads all items."""
+
+END_MS = int((START + HOUR).timestamp() * 1000)
+"""The end of the log."""
+
 KNOWN_USER = 7
+CROWD = 1
 HISTORY = [1000, 1003, 2001]
 
 
@@ -82,7 +87,7 @@ class Rank(tf.Module):
                 "history_items": tf.TensorSpec([None, None], tf.int64, "history_items"),
                 "tags": tf.TensorSpec([None, None], tf.int64, "tags"),
                 "scenario": tf.TensorSpec([None], tf.int64, "scenario"),
-                "item_click_rate": tf.TensorSpec([None], tf.float32, "item_click_rate"),
+                "item_click_rate_7d": tf.TensorSpec([None], tf.float32, "item_click_rate_7d"),
                 "item_age_hours": tf.TensorSpec([None], tf.float32, "item_age_hours"),
             }
         ]
@@ -91,7 +96,7 @@ class Rank(tf.Module):
         same = tf.cast(raw["item_id"] // CATALOGUE == self.number, tf.float32)
         return {
             "click": same * (np.nan if self.broken else 1.0),
-            "long_view": raw["item_click_rate"],
+            "long_view": raw["item_click_rate_7d"],
             "like": raw["item_age_hours"] / 24,
         }
 
@@ -125,33 +130,33 @@ def build(home: Path, folder: Path, *, broken: bool = False) -> int:
     return number
 
 
+def impressions(item: int) -> int:
+    """A different number for each item of a release, in no order of theirs; none of them is clicked."""
+    return 1 + item * 17 % ITEMS
+
+
+OFTEN = 9999
+"""An item of no release, which all clicks are of."""
+
+CLICKS = 500
+
+
 def click_rate(item: int) -> float:
-    """A different rate for each item, in no order of theirs."""
-    return float(np.float32(item * 37 % 101 / 101))
+    """What item_click_rate_7d is."""
+    shown = 1 + CLICKS + 3 * sum(impressions(place) for place in range(ITEMS))
+    return float(np.float32(PRIOR_IMPRESSIONS * (CLICKS / shown) / (impressions(item) + PRIOR_IMPRESSIONS)))
 
 
-def fill_store(home: Path) -> None:
-    """One known user, and the items of releases 1 to 3."""
+def write_known_log(folder: Path) -> Path:
+    """A log of one hour: one known user, and a crowd that was shown the items of releases 1 to 3."""
     items = [number * CATALOGUE + place for number in (1, 2, 3) for place in range(ITEMS)]
-    tables = {}
-    for view in VIEWS:
-        keys = [KNOWN_USER] if view.entity == "user" else items
-        rows = []
-        for key in keys:
-            row = {name: default(dtype) for name, dtype in view.schema.items()}
-            row |= {view.key: key, "event_timestamp": SNAPSHOT, "created_timestamp": SNAPSHOT}
-            known = {
-                "history_items": HISTORY,
-                "register_days": 30,
-                "item_click_rate": click_rate(key),
-                "tags": list(range(key % 3)),
-                "upload_time_ms": UPLOADED_MS,
-            }
-            rows.append(row | {name: value for name, value in known.items() if name in row})
-        tables[view.name] = pl.DataFrame(rows, schema=view.schema)
-    write_tables(home, tables)
-    apply(home)
-    materialise(home, datetime(2024, 5, 2, tzinfo=UTC))
+    shown = [item for item in items for _ in range(impressions(item))]
+    events = [an_event(0, KNOWN_USER, OFTEN, START)]
+    events += [an_event(1 + n, CROWD, OFTEN, START + timedelta(seconds=n), click=1) for n in range(CLICKS)]
+    events += [an_event(1 + CLICKS + n, CROWD, item, START + timedelta(seconds=1 + n)) for n, item in enumerate(shown)]
+    before = START - HOUR
+    history = {"user_id": KNOWN_USER, "event_time": before, "created_time": before, "items": HISTORY}
+    return write_log(folder, events, [history])
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ class System:
 @pytest.fixture(scope="session")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     home = tmp_path_factory.mktemp("home")
-    fill_store(home)
+    refresh(home, write_known_log(tmp_path_factory.mktemp("log")), home / "out")
     for number in (1, 2, 3):
         build(home, tmp_path_factory.mktemp(f"candidate{number}"), broken=number == 3)
     server = ModelServer(home, 0, 0)

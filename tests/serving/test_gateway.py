@@ -290,7 +290,7 @@ def test_feedback_of_two_gateways_does_not_mix(system: System, gateway: httpx.Cl
 
 def test_the_api_describes_itself(gateway: httpx.Client) -> None:
     document = gateway.get("/openapi.json").json()
-    assert {"/recommend", "/feedback", "/health", "/ready"} == document["paths"].keys()
+    assert {"/recommend", "/feedback", "/health", "/ready", "/status"} == document["paths"].keys()
     assert {"200", "400", "422", "503"} == document["paths"]["/recommend"]["post"]["responses"].keys()
     assert gateway.get("/docs").status_code == 200
 

@@ -1,0 +1,261 @@
+"""What users do becomes their features at once: the gateway's feedback log, followed into the online store.
+
+The log is the buffer, and its numbers say how far the store is: each user's stored row names the last record that is in
+it. So records may be read and pushed any number of times, and none counts twice: at a start, after the store was away,
+and after a materialisation, which writes all rows anew as of the last record that its log held. The position needs no
+place of its own.
+
+A user's row is read, changed and written under the lock that a materialisation holds while it replaces the rows.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from feature_repo.online import Online
+from feature_repo.store import locked
+from penstock.activity import UNKNOWN_AUTHOR, Action, Activity, kinds_of
+from penstock.events import DAY_MS
+from penstock.feedback import FeedbackLog, FeedbackReader
+from penstock.json_lines import LineError
+
+OUTCOME_DAYS = 7
+"""How long outcomes may come after their impressions; later ones enter with the next materialisation."""
+
+BATCH = 500
+"""Records that are pushed together: of each user, the row is read and written once."""
+
+LOOK_SECONDS = 0.2
+"""How often a new materialisation is looked for."""
+
+LOCKED_SECONDS = 0.02
+BACK_OFF_SECONDS = (0.1, 5.0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one record does to one user's activity.
+
+    Attributes:
+        time_ms, scenario: of the slate.
+        shown: how many items were shown by it.
+        outcomes: (item, kinds told before, kinds told by now).
+    """
+
+    sequence: int
+    user_id: int
+    time_ms: int
+    scenario: int
+    shown: int = 0
+    outcomes: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(slots=True)
+class _Slate:
+    """What was shown by a request, and what was told of it: item → kinds."""
+
+    user_id: int
+    time_ms: int
+    scenario: int
+    arrived_ms: int
+    items: tuple[int, ...]
+    told: dict[int, int] = field(default_factory=dict)
+
+
+class Slates:
+    """The slates of the last `OUTCOME_DAYS`: some 1 kB each."""
+
+    def __init__(self) -> None:
+        self._slates: dict[int, _Slate] = {}
+
+    def step(self, record: Mapping[str, Any]) -> Step | None:
+        """What the next record does; None for nothing, or if its slate is not known."""
+        if record["kind"] == "impressions":
+            return self._shown(record)
+        slate = self._slates.get(record["request_id"])
+        return None if slate is None else self._told(slate, record)
+
+    def _shown(self, record: Mapping[str, Any]) -> Step | None:
+        if record["request_id"] in self._slates or not record["items"]:
+            return None
+        self._forget(record["arrived_ms"] - OUTCOME_DAYS * DAY_MS)
+        slate = _Slate(
+            record["user_id"], record["time_ms"], record["scenario"], record["arrived_ms"], tuple(record["items"])
+        )
+        self._slates[record["request_id"]] = slate
+        return Step(record["sequence"], slate.user_id, slate.time_ms, slate.scenario, shown=len(record["items"]))
+
+    def _told(self, slate: _Slate, record: Mapping[str, Any]) -> Step | None:
+        outcomes = []
+        for event in record["events"]:
+            item = event["item_id"]
+            before = slate.told.get(item, 0)
+            after = before | kinds_of(event)
+            if after != before and item in slate.items:
+                slate.told[item] = after
+                outcomes.append((item, before, after))
+        if not outcomes:
+            return None
+        return Step(record["sequence"], slate.user_id, slate.time_ms, slate.scenario, outcomes=tuple(outcomes))
+
+    def _forget(self, before_ms: int) -> None:
+        while self._slates:
+            oldest = next(iter(self._slates))
+            if self._slates[oldest].arrived_ms >= before_ms:
+                return
+            del self._slates[oldest]
+
+
+def take(step: Step, activity: Activity, items: Mapping[int, tuple[int, tuple[int, ...]]]) -> None:
+    """Brings an activity to a step; `items` has author and tags of those that are known."""
+    if step.shown:
+        activity.show(step.time_ms, step.scenario, step.shown)
+    for item, before, after in step.outcomes:
+        author, tags = items.get(item, (UNKNOWN_AUTHOR, ()))
+        activity.act(Action(step.time_ms, item, after, author, tags), step.scenario, before)
+    activity.sequence = step.sequence
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far the online store is behind the feedback.
+
+    Attributes:
+        records: the number of the last record.
+        waiting: how many of them the online store lacks.
+        away_since_ms: since when it does not take them, ms since 1970; None while it does.
+        reason: why.
+    """
+
+    records: int
+    waiting: int
+    away_since_ms: int | None = None
+    reason: str | None = None
+
+
+class Pusher:
+    """Follows the feedback log in a thread of its own, from `start` to `close`.
+
+    Args:
+        online: opens the feature store, or raises whatever it likes.
+    """
+
+    def __init__(self, home: Path, log: FeedbackLog, online: Callable[[], Online]) -> None:
+        self._home, self._log, self._online = home, log, online
+        self._version = 0
+        self._after = 0
+        self._reader: FeedbackReader
+        self._slates: Slates
+        self._steps: list[Step] = []
+        self._read = 0
+        self._position = 0
+        self._moved = threading.Condition()
+        self._away: Status | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="pusher", daemon=True)
+
+    def start(self) -> None:
+        """Begins with what the newest materialisation lacks."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends after what is under way; what waits stays in the log."""
+        self._closing.set()
+        self._thread.join()
+
+    def wait(self, sequence: int, seconds: float) -> None:
+        """Returns when a record is in the online store or the time is over; at once while the store is away."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._position >= sequence or self._away is not None, seconds)
+
+    def status(self) -> Status:
+        """How far it is."""
+        records, away = self._log.sequence, self._away
+        return Status(
+            records,
+            max(0, records - self._position),
+            away.away_since_ms if away else None,
+            away.reason if away else None,
+        )
+
+    def _follow(self) -> None:
+        pause = BACK_OFF_SECONDS[0]
+        while not self._closing.is_set():
+            try:
+                self._step()
+            except BlockingIOError:
+                self._closing.wait(LOCKED_SECONDS)  # a materialisation replaces the rows
+            except Exception as error:  # Feast and its stores raise anything
+                if isinstance(error, LineError):
+                    self._version = 0  # reads the log again: it may be mended
+                self._is_away(error)
+                self._closing.wait(pause)
+                pause = min(2 * pause, BACK_OFF_SECONDS[1])
+            else:
+                pause = BACK_OFF_SECONDS[0]
+                if self._position >= self._log.sequence:
+                    self._is_back()
+                    self._log.wait(self._position, LOOK_SECONDS)
+
+    def _step(self) -> None:
+        """Pushes the next records, if there are any."""
+        online = self._online()
+        materialised = online.materialised()
+        if materialised.version != self._version:
+            # of a log that was removed since, the numbers mean nothing
+            self._after = materialised.sequence if materialised.sequence <= self._log.sequence else 0
+            self._reader = FeedbackReader(self._log.directory, self._after, OUTCOME_DAYS)
+            self._slates = Slates()
+            self._steps, self._read = [], 0
+            self._version = materialised.version
+        if not self._steps:
+            for record in islice(self._reader.read(), BATCH):
+                self._read = record["sequence"]
+                step = self._slates.step(record)
+                if step is not None and step.sequence > self._after:
+                    self._steps.append(step)
+        if self._steps:
+            with locked(self._home, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                if online.materialised().version != self._version:
+                    return
+                self._push(online)
+        self._steps = []
+        with self._moved:
+            self._position = max(self._after, self._read)
+            self._moved.notify_all()
+
+    def _push(self, online: Online) -> None:
+        activities = online.activity(sorted({step.user_id for step in self._steps}))
+        items = online.authors_and_tags(sorted({item for step in self._steps for item, _, _ in step.outcomes}))
+        changed = {}
+        for step in self._steps:
+            activity = activities[step.user_id]
+            if activity.sequence > self._log.sequence:
+                activity.sequence = 0  # of a log that was removed since
+            if activity.sequence < step.sequence:
+                take(step, activity, items)
+                changed[step.user_id] = activity
+        if changed:
+            online.push(changed)
+
+    def _is_away(self, error: Exception) -> None:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        with self._moved:
+            if self._away is None:
+                print(f"gateway: feedback waits in {self._log.directory}: {reason}", file=sys.stderr, flush=True)
+                self._away = Status(self._position, 0, time.time_ns() // 1_000_000, reason)
+                self._moved.notify_all()
+
+    def _is_back(self) -> None:
+        if self._away is not None:
+            caught_up = self._position - max(self._away.records, self._after)
+            print(f"gateway: the feature store has taken {caught_up} records that waited", file=sys.stderr, flush=True)
+            self._away = None
