@@ -37,7 +37,7 @@ CHUNK_ROWS = 1 << 20
 """Rows of one Arrow chunk: a chunk of lists or strings holds at most 2³¹ elements."""
 
 EXACT = 1 << 53
-"""The whole numbers up to which a float has no neighbour that was another whole number."""
+"""Up to here, either side of zero, a float holds every whole number."""
 
 
 class PointInTimeOfflineStoreConfig(DuckDBOfflineStoreConfig):
@@ -118,7 +118,7 @@ class PointInTimeOfflineStore(DuckDBOfflineStore):
         stamps = [name for name in (timestamp_field, created_timestamp_column) if name]
 
         def pull() -> pa.Table:
-            with _opened(data_source, config.repo_path) as file:
+            with _opened(_parquet(data_source), config.repo_path) as file:
                 rows = rows_since(
                     _read(file, [*join_key_columns, *stamps]),
                     keys=join_key_columns,
@@ -212,7 +212,7 @@ def _with_features(
     repo_path: Path | None,
 ) -> pa.Table:
     """The entity rows with the features that are asked of a view."""
-    source, projection = view.batch_source, view.projection
+    source, projection = _parquet(view.batch_source), view.projection
     in_file = {feast: column for column, feast in source.field_mapping.items()}
     keys = {
         projection.join_key_map.get(field.name, field.name): in_file.get(field.name, field.name)
@@ -252,11 +252,15 @@ def _entities(table: pa.Table, columns: Sequence[str]) -> pl.DataFrame:
     )
 
 
-@contextmanager
-def _opened(source: DataSource | None, repo_path: Path | None) -> Iterator[BinaryIO]:
-    """The file of a source, open once: what replaces it meanwhile does not mix with what is read."""
+def _parquet(source: DataSource | None) -> FileSource:
     if not isinstance(source, FileSource) or not isinstance(source.file_format or ParquetFormat(), ParquetFormat):
-        raise PointInTimeError(f"its source is {type(source).__name__} and not a Parquet file")
+        raise PointInTimeError(f"its source {source.name if source else None} is no Parquet file")
+    return source
+
+
+@contextmanager
+def _opened(source: FileSource, repo_path: Path | None) -> Iterator[BinaryIO]:
+    """The file of a source, open once: what replaces it meanwhile does not mix with what is read."""
     path = FileSource.get_uri_for_file_path(repo_path, source.path)
     try:
         with Path(path).open("rb") as file:

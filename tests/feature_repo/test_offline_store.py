@@ -23,6 +23,7 @@ from feast import (
     FeatureView,
     Field,
     FileSource,
+    PushSource,
     RepoConfig,
     RequestSource,
     ValueType,
@@ -374,12 +375,24 @@ def test_what_cannot_be_joined_is_said_in_a_line(tmp_path: Path) -> None:
 
 def test_a_source_must_be_parquet(tmp_path: Path) -> None:
     view = a_view(tmp_path / "table", file_format=DeltaFormat())
-    config = a_store(tmp_path, []).config
+    store = a_store(tmp_path, [])
     job = offline_store.PointInTimeOfflineStore.get_historical_features(
-        config, [view], ["facts:value"], at(1), a_store(tmp_path, []).registry, "trial"
+        store.config, [view], ["facts:value"], at(1), store.registry, store.project
     )
-    with pytest.raises(PointInTimeError, match="its source is FileSource and not a Parquet file"):
+    with pytest.raises(PointInTimeError, match="feature view facts: its source facts_source is no Parquet file"):
         job.to_arrow()
+
+
+def test_a_view_that_is_pushed_to_has_the_file_of_its_source(tmp_path: Path) -> None:
+    view = a_view(written(tmp_path / "facts.parquet", facts((0, 0), (1, 5))))
+    pushed = FeatureView(
+        name="pushed",
+        entities=[ENTITY],
+        schema=view.schema,
+        source=PushSource(name="push", batch_source=view.batch_source),
+        ttl=timedelta(0),
+    )
+    assert ask(a_store(tmp_path, [pushed]), at(4, 5), ("pushed:value",))["value"].to_pylist() == [0, 1]
 
 
 def online(store: FeatureStore, entities: Sequence[int]) -> dict[int, tuple[Any, ...]]:
