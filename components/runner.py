@@ -6,7 +6,8 @@ A *stage* is a KFP pipeline of `components.stages`. Its results lie in one direc
     OUT/_SUCCESS.json     {"key": hash of the stage's spec and arguments, "outputs": {"parameters", "artifacts"}}
 
 They are written under a temporary name and renamed at the end, so OUT is whole or absent, and a retry with the same
-spec and arguments takes what is there.
+spec and arguments takes what is there, if its inputs are still those of then. What a try that failed had made lies in
+OUT.failed-1, -2, …: nothing overwrites it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -95,7 +97,8 @@ def _run_subprocess(stage: str, arguments: dict[str, Any], out: Path) -> dict[st
                     process.kill()
             raise
     if code != 0:
-        raise StageError(f"stage {stage}: {log.error()}")
+        left = _keep_failed(out)
+        raise StageError(f"stage {stage}: {log.error()}" + (f"; what it made lies in {left}" if left else ""))
     return json.loads((out / SUCCESS).read_text())["outputs"]
 
 
@@ -173,6 +176,33 @@ def _pipeline(stage: str) -> Any:
     return pipeline
 
 
+def _work(out: Path) -> Path:
+    return out.with_name(f".{out.name}.part")
+
+
+def _keep_failed(out: Path) -> Path | None:
+    """Puts the artifacts of a try that failed where the next one does not clear them away; None if there are none."""
+    made = list(_work(out).glob("kfp/*/*/*"))
+    if not made:
+        return None
+    tries = (out.with_name(f"{out.name}.failed-{number}") for number in itertools.count(1))
+    left = next(folder for folder in tries if not folder.exists())
+    left.mkdir()
+    for path in made:
+        path.rename(left / path.name)
+    return left
+
+
+def _made_by(value: Any) -> str | None:
+    """The key of the stage that made an input, if one did: the same place may hold something new."""
+    if not isinstance(value, str):
+        return None
+    try:
+        return str(json.loads((Path(value).parent / SUCCESS).read_text())["key"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def _execute(stage: str, arguments: dict[str, Any], out: Path) -> None:
     """The child's work: the stage under kfp.local, its artifacts gathered in `out`."""
     from google.protobuf import json_format
@@ -183,14 +213,15 @@ def _execute(stage: str, arguments: dict[str, Any], out: Path) -> None:
     if unknown:
         raise StageError(f"no parameter {', '.join(unknown)}; it takes {', '.join(pipeline.component_spec.inputs)}")
     spec = json_format.MessageToDict(pipeline.pipeline_spec)
-    key = hashlib.sha256(json.dumps([spec, arguments], sort_keys=True).encode()).hexdigest()
+    inputs = {name: made for name, value in arguments.items() if (made := _made_by(value))}
+    key = hashlib.sha256(json.dumps([spec, arguments, inputs], sort_keys=True).encode()).hexdigest()
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         done = json.loads((out / SUCCESS).read_text())
         if done["key"] == key:
             print(f"{out}: finished before, taken as it is")
             return
 
-    work = out.with_name(f".{out.name}.part")
+    work = _work(out)
     shutil.rmtree(work, ignore_errors=True)
     (work / "outputs").mkdir(parents=True)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(work / "kfp"), workspace_root=str(work / "ws"))

@@ -70,6 +70,28 @@ def test_a_components_own_error_is_the_stages_error(tmp_path: Path, arguments: d
     assert run_stage(STAGE, arguments, out)["parameters"] == {"rows": 3}
 
 
+def test_what_a_failed_try_had_made_is_kept_and_told(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    out = tmp_path / "run" / "doubling"
+    for number in (1, 2):
+        left = out.with_name(f"doubling.failed-{number}")
+        with pytest.raises(StageError, match=f"ValueError: only half is done; what it made lies in {left}$"):
+            run_stage(STAGE, arguments | {"fail": "late"}, out)
+        assert [path.name for path in (left / "doubled").iterdir()] == ["half"]
+    assert run_stage(STAGE, arguments, out)["parameters"] == {"rows": 3}
+    assert sorted(path.name for path in out.parent.iterdir()) == ["doubling", "doubling.failed-1", "doubling.failed-2"]
+
+
+def test_a_stage_runs_again_when_its_input_was_made_again(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    before = tmp_path / "before"
+    before.mkdir()
+    arguments |= {"numbers_uri": str(before / "numbers")}
+    for key, numbers, rows, count in (("a", "1\n", 1, 1), ("a", "1\n", 1, 1), ("b", "1\n2\n", 2, 2)):
+        (before / "numbers").write_text(numbers)
+        (before / "_SUCCESS.json").write_text(json.dumps({"key": key, "outputs": {}}))
+        assert run_stage(STAGE, arguments, tmp_path / "doubling")["parameters"] == {"rows": rows}
+        assert len(runs(arguments)) == count
+
+
 def test_a_killed_component_fails_and_its_last_line_is_told(tmp_path: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(StageError, match=r"double: ended without saying why .*its last line was: Killed"):
         run_stage(STAGE, arguments | {"fail": "kill"}, tmp_path / "doubling")

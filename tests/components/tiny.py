@@ -32,6 +32,9 @@ def double(numbers: dsl.Input[dsl.Dataset], trace: str, fail: str, doubled: dsl.
     if fail == "silent":
         return 0
     Path(doubled.path).mkdir(parents=True)
+    if fail == "late":
+        (Path(doubled.path) / "half").touch()
+        raise ValueError("only half is done")
     values = [2 * int(line) for line in Path(numbers.path).read_text().split()]
     (Path(doubled.path) / "numbers.txt").write_text("\n".join(map(str, values)))
     doubled.metadata["rows"] = len(values)
