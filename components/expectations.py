@@ -1,226 +1,294 @@
-"""Great Expectations for the log, generated from `penstock.events`, and the split of its rows into good and bad.
+"""Great Expectations over a log: its rows split into good and bad, its tables and days held to their rules."""
 
-Dtypes are held by reading (`events.conform`): a column that does not fit fails the run. What is held here is each row:
-nulls, ranges, uniqueness, the order of times, and that an event's user and item are known.
-"""
+from __future__ import annotations
 
-import html
-import logging
-import os
-import warnings
+import shutil
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
-from penstock.events import EVENTS, HISTORIES, ITEMS, USERS, LogError, Table, read_events, read_table, write_events
+from components.data_docs import write_docs
+from components.quiet_gx import gx
+from components.rules import Rule, as_pandas, derived, held
+from components.tracking import DATA_DOCS, TrackingError, log_run, run_url
+from penstock import days, quarantine
+from penstock.events import (
+    EVENTS,
+    HISTORIES,
+    TABLES,
+    LogError,
+    Table,
+    read_events,
+    read_table,
+    write_events,
+)
 
-os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # nothing leaves the machine
-logging.getLogger("great_expectations").setLevel(logging.ERROR)
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of optional packages that are not there
-    import great_expectations as gx
-    import great_expectations.expectations as gxe
-    from great_expectations.render.renderer import ValidationResultsPageRenderer
-    from great_expectations.render.view import DefaultJinjaPageView
-
-REFERENCES = {"user_id": "users", "item_id": "items"}
-"""Columns of an event that must be in another table."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One expectation on the rows of a table; `says` completes "<column> …" in a quarantined row's reason."""
-
-    column: str
-    says: str
-    expectation: gxe.Expectation
+MOST_TOLD = 5
+"""So many days or reasons are named in a sentence; the Data Docs have them all."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """What validation made of a log: rows and bad rows by table, and the bad by reason."""
+class Validation:
+    """What was found in a log.
+
+    Args:
+        rows: by table, as read.
+        bad: rows put aside, by table.
+        broken: rows that break a rule, by its name; without those that none breaks.
+        days: what `penstock.days.by_day` makes of the good events.
+        failures: why the run fails, a sentence each; none if it does not.
+    """
 
     rows: Mapping[str, int]
     bad: Mapping[str, int]
-    reasons: Mapping[str, int]
+    broken: Mapping[str, int]
+    days: pl.DataFrame
+    failures: tuple[str, ...]
 
     @property
     def bad_share(self) -> float:
         """The largest share of bad rows of any table."""
         return max(bad / max(self.rows[name], 1) for name, bad in self.bad.items())
 
-
-def rules(table: Table) -> list[Rule]:
-    """What each row of `table` must be. Lists are held by columns of their own: see `_flat`."""
-    found = []
-    for column in table.columns:
-        low, high = column.minimum, column.maximum
-        if not column.nullable:
-            found.append(Rule(column.name, "must not be null", gxe.ExpectColumnValuesToNotBeNull(column=column.name)))
-        if isinstance(column.dtype, pl.List):
-            holes = gxe.ExpectColumnValuesToBeInSet(column=f"{column.name}.nulls", value_set=[0])
-            found.append(Rule(column.name, "must not hold nulls", holes))
-        if low is not None or high is not None:
-            says = f"must be at least {low}" if high is None else f"must be between {low} and {high}"
-            parts = [".lowest", ".highest"] if isinstance(column.dtype, pl.List) else [""]
-            for part in parts:
-                between = gxe.ExpectColumnValuesToBeBetween(column=column.name + part, min_value=low, max_value=high)
-                found.append(Rule(column.name, says, between))
-        if column.unique:
-            found.append(Rule(column.name, "must be unique", gxe.ExpectColumnValuesToBeUnique(column=column.name)))
-    order = gxe.ExpectColumnPairValuesAToBeGreaterThanB(
-        column_A="created_time", column_B="event_time", or_equal=True, ignore_row_if="either_value_is_missing"
-    )
-    found.append(Rule("created_time", "must not be before event_time", order))
-    if table is EVENTS:
-        for name, other in REFERENCES.items():
-            known = gxe.ExpectColumnValuesToBeInSet(column=f"{name}.known", value_set=[1])
-            found.append(Rule(name, f"must be in {other}", known))
-    return found
+    def most_broken(self, table: str) -> list[tuple[str, int]]:
+        """The rules of a table that its rows break, with the number of rows, most often first."""
+        return _most_broken(self.broken, table)
 
 
-def _flat(frame: pl.DataFrame, known: Mapping[str, pl.Series]) -> pl.DataFrame:
-    """`frame` with columns that say of lists and references what expectations can be held to."""
-    lists = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.List)]
-    return frame.with_columns(
-        *(pl.col(name).list.min().alias(f"{name}.lowest") for name in lists),
-        *(pl.col(name).list.max().alias(f"{name}.highest") for name in lists),
-        *(
-            (pl.col(name).list.len() - pl.col(name).list.drop_nulls().list.len()).alias(f"{name}.nulls")
-            for name in lists
-        ),
-        *(pl.col(name).is_in(ids.implode()).cast(pl.Int8).alias(f"{name}.known") for name, ids in known.items()),
-    ).drop(lists)
+class Validator:
+    """Runs the rules on the tables of one log; `results` are Great Expectations' own, by name of the suite."""
 
-
-class _Validator:
-    """Great Expectations in memory, with its pages written to `docs`."""
-
-    def __init__(self, docs: Path) -> None:
-        self.docs = docs
-        docs.mkdir(parents=True, exist_ok=True)
+    def __init__(self, rules: Mapping[str, Sequence[Rule]]) -> None:
+        self.rules = rules
+        self.results: dict[str, Any] = {}
+        self.broken: Counter[str] = Counter()
         self._context = gx.get_context(mode="ephemeral")
         self._context.variables.progress_bars = {"globally": False, "metric_calculations": False}
         self._source = self._context.data_sources.add_pandas("log")
 
-    def reasons(self, frame: pl.DataFrame, table: Table, known: Mapping[str, pl.Series]) -> dict[int, list[str]]:
-        """Row of `frame` → why it is bad, for those that are."""
-        held = rules(table)
-        suite = gx.ExpectationSuite(table.name)
-        for place, rule in enumerate(held):
-            rule.expectation.meta = {"rule": place}
-            suite.add_expectation(rule.expectation)
-        asset = self._source.add_dataframe_asset(table.name)
-        flat = _flat(frame, known)
-        batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": flat.to_pandas()})
+    def split(
+        self, table: Table, frame: pl.DataFrame, others: Mapping[str, pl.DataFrame]
+    ) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """The rows that keep every rule, and the others with `reason`, `rules` and `original`.
+
+        Args:
+            others: the good rows of the tables that `table` refers to, by name.
+        """
+        began = time.monotonic()
+        rows = as_pandas(derived(frame, table, others))
+        rules = self.rules[table.name]
+        self._run(f"{table.name}, the table", [rule for rule in rules if not rule.on_rows], rows[list(table.schema)])
+        reasons: dict[int, dict[str, str]] = {}
+        for rule, bad in self._run(f"{table.name}, its rows", [rule for rule in rules if rule.on_rows], rows):
+            if rule.name.endswith(".unique"):
+                again = ~frame[rule.column].is_first_distinct()
+                bad = [row for row in bad if again[row]]  # the first of several stays
+            if bad:
+                self.broken[rule.name] = len(bad)
+            for row in bad:
+                reasons.setdefault(row, {})[rule.name] = f"{rule.column} {rule.says}"
+        took = time.monotonic() - began
+        print(f"{table.name}: {frame.height:,} rows, {len(reasons):,} of them bad, {took:.1f} s", flush=True)
+        places = sorted(reasons)
+        bad_rows = frame[places].with_columns(
+            pl.Series("reason", ["; ".join(reasons[row].values()) for row in places], pl.String),
+            pl.Series("rules", [list(reasons[row]) for row in places], pl.List(pl.String)),
+            quarantine.text(frame[places]),
+        )
+        return frame.with_row_index("row").filter(~pl.col("row").is_in(places)).drop("row"), bad_rows
+
+    def check(self, name: str, frame: pl.DataFrame) -> list[tuple[Rule, list[int]]]:
+        """The rules of `tables` or `days` that `frame` breaks, and its rows that do."""
+        found = [(rule, rows) for rule, rows in self._run(name, self.rules[name], as_pandas(frame)) if rows]
+        self.broken.update({rule.name: len(rows) for rule, rows in found})
+        return found
+
+    def _run(self, name: str, rules: Sequence[Rule], frame: Any) -> list[tuple[Rule, list[int]]]:
+        """For each rule the rows of `frame` that break it.
+
+        Raises:
+            LogError: a rule on the whole of a table is broken.
+        """
+        suite = gx.ExpectationSuite(name)
+        for place, rule in enumerate(rules):
+            for expectation in rule.expectations:
+                expectation.meta = {"place": place}
+                expectation.description = f"{rule.name} ({rule.severity}): {rule.column} {rule.says}"
+                expectation.severity = "critical" if rule.severity == "fail" else "warning"
+                suite.add_expectation(expectation)
+        asset = self._source.add_dataframe_asset(name)
+        batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": frame})
         result = batch.validate(
             suite, result_format={"result_format": "COMPLETE", "return_unexpected_index_query": False}
         )
-        page = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result))
-        (self.docs / f"{table.name}.html").write_text(page)
-        found: dict[int, list[str]] = {}
+        self.results[name] = result
+        found: dict[int, set[int]] = {place: set() for place in range(len(rules))}
         for outcome in result.results:
-            rule = held[outcome.expectation_config.meta["rule"]]
+            place = outcome.expectation_config.meta["place"]
             if outcome.exception_info.get("raised_exception"):
-                raise RuntimeError(
-                    f"{table.name}: {rule.column} {rule.says}: {outcome.exception_info['exception_message']}"
-                )
-            seen: set[object] = set()
-            for row in outcome.result.get("unexpected_index_list") or []:
-                if isinstance(rule.expectation, gxe.ExpectColumnValuesToBeUnique):
-                    value = frame[rule.column][row]
-                    if value not in seen:  # the first of several stays
-                        seen.add(value)
-                        continue
-                found.setdefault(row, []).append(f"{rule.column} {rule.says}")
-        return found
+                raise RuntimeError(f"{rules[place].name}: {outcome.exception_info['exception_message']}")
+            found[place].update(outcome.result.get("unexpected_index_list") or ())
+            if not outcome.success and not found[place]:
+                raise LogError(f"{name}: {rules[place].column} {rules[place].says}; see {rules[place].name}")
+        return [(rule, sorted(found[place])) for place, rule in enumerate(rules)]
 
 
-def split_log(log: Path, good: Path, quarantine: Path, docs: Path, max_bad_share: float) -> Split:
-    """Writes the rows of `log` that keep every rule to `good`, a log again, and the others to `quarantine`.
-
-    Args:
-        quarantine: a Parquet file: `table`, `reason` (all that is wrong with the row), and the row's own columns.
-        docs: a directory of HTML pages: what was expected of each table and what was found.
-        max_bad_share: between 0 and 1, for each table.
+def read_log(log: Path) -> dict[str, pl.DataFrame]:
+    """The tables of a log by name, those that others refer to first.
 
     Raises:
-        LogError: the log cannot be read, or too many rows of a table are bad.
+        LogError: a table cannot be read.
     """
-    validator = _Validator(docs)
-    rows: dict[str, int] = {}
+    return {
+        table.name: read_events(log) if table is EVENTS else read_table(log / f"{table.name}.parquet", table)
+        for table in TABLES
+        if table is not HISTORIES or (log / "histories.parquet").exists()
+    }
+
+
+def split_log(
+    tables: Mapping[str, pl.DataFrame], validator: Validator
+) -> tuple[dict[str, pl.DataFrame], dict[str, pl.DataFrame]]:
+    """The good rows of each table, and the bad ones with `reason`, `rules` and `original`."""
+    good: dict[str, pl.DataFrame] = {}
     bad: dict[str, pl.DataFrame] = {}
-    kept: dict[str, pl.DataFrame] = {}
-    for table, frame in _tables(log):
-        known = {name: kept[other][name] for name, other in REFERENCES.items()} if table is EVENTS else {}
-        reasons = validator.reasons(frame, table, known)
-        why = pl.Series("reason", ["; ".join(reasons[row]) for row in sorted(reasons)], pl.String)
-        rows[table.name] = frame.height
-        bad[table.name] = frame[sorted(reasons)].insert_column(0, why)
-        kept[table.name] = frame.with_row_index("row").filter(~pl.col("row").is_in(list(reasons))).drop("row")
-    split = Split(
-        rows,
-        {name: frame.height for name, frame in bad.items()},
-        Counter(
-            f"{name}.{reason}" for name, frame in bad.items() for line in frame["reason"] for reason in line.split("; ")
-        ),
+    for table in TABLES:
+        if table.name in tables:
+            good[table.name], bad[table.name] = validator.split(table, tables[table.name], good)
+    return good, bad
+
+
+def validate_log(
+    log: Path,
+    good: Path,
+    put_aside: Path,
+    docs: Path,
+    *,
+    max_bad_share: float,
+    severity: Mapping[str, str],
+    limits: days.Config,
+) -> Validation:
+    """Writes the rows of `log` that keep every rule to `good`, a log again, and the others to `put_aside`.
+
+    `good` is written only if nothing fails the run; the others always are.
+
+    Args:
+        put_aside: a file as `penstock.quarantine` describes it.
+        docs: a directory, whose page index.html says what was expected and what was found.
+        severity: other severities than the rules have, by name of the rule.
+
+    Raises:
+        LogError: the log cannot be read.
+        RuleError: `max_bad_share` or `severity` is nothing that can be asked for.
+    """
+    validator = Validator(held(max_bad_share, severity))
+    kept, bad = split_log(read_log(log), validator)
+    rows = {name: kept[name].height + bad[name].height for name in kept}
+    counts = {name: frame.height for name, frame in bad.items()}
+    by_day = days.by_day(kept[EVENTS.name], limits)
+    failures = [
+        *_rows_that_fail(validator),
+        *_tables_that_fail(validator, rows, counts),
+        *_days_that_fail(validator, by_day),
+    ]
+    found = Validation(rows, counts, validator.broken, by_day, tuple(failures))
+
+    put_aside.parent.mkdir(parents=True, exist_ok=True)
+    quarantine.in_file(bad).write_parquet(put_aside)
+    write_docs(docs / "index.html", str(log), found, validator.rules, validator.results)
+    if not failures:
+        write_events(kept[EVENTS.name], good, "validated")
+        for name, frame in kept.items():
+            if name != EVENTS.name:
+                frame.write_parquet(good / f"{name}.parquet")
+    return found
+
+
+def _most_broken(broken: Mapping[str, int], table: str) -> list[tuple[str, int]]:
+    return Counter({rule: count for rule, count in broken.items() if rule.startswith(f"{table}.")}).most_common()
+
+
+def _rows_that_fail(validator: Validator) -> list[str]:
+    return [
+        f"{validator.broken[rule.name]:,} {name} break {rule.name}, which is to fail: {rule.column} {rule.says}"
+        for name, rules in validator.rules.items()
+        for rule in rules
+        if rule.on_rows and rule.severity == "fail" and rule.name in validator.broken
+    ]
+
+
+def _tables_that_fail(validator: Validator, rows: Mapping[str, int], bad: Mapping[str, int]) -> list[str]:
+    summary = pl.DataFrame(
+        [
+            # a log may do without histories
+            (name, None if name == HISTORIES.name else rows[name] - bad[name], bad[name] / max(rows[name], 1))
+            for name in rows
+        ],
+        schema={"table": pl.String, "kept": pl.Int64, "bad_share": pl.Float64},
+        orient="row",
     )
-    (docs / "index.html").write_text(_index(split))
-    quarantine.parent.mkdir(parents=True, exist_ok=True)
-    pl.concat(
-        (frame.insert_column(0, pl.lit(name, pl.String).alias("table")) for name, frame in bad.items()), how="diagonal"
-    ).write_parquet(quarantine)
-    _check(split, max_bad_share)
-    for name, frame in kept.items():
-        if name == EVENTS.name:
-            write_events(frame, good, "validated")
-        else:
-            good.mkdir(parents=True, exist_ok=True)
-            frame.write_parquet(good / f"{name}.parquet")
-    return split
+    sentences = []
+    for rule, places in validator.check("tables", summary):
+        for name in summary["table"].gather(places):
+            most = ", ".join(f"{rule}: {count:,}" for rule, count in _most_broken(validator.broken, name)[:MOST_TOLD])
+            if rule.column == "bad_share":
+                share = f"{bad[name]:,} of {rows[name]:,} {name} ({bad[name] / rows[name]:.2%}) break a rule"
+                sentences.append(f"{share}; the share {rule.says}, max_bad_share ({most})")
+            elif rows[name]:
+                sentences.append(f"none of the {rows[name]:,} {name} keeps the rules ({most})")
+            else:
+                sentences.append(f"the log has no {name}")
+    return sentences
 
 
-def _tables(log: Path) -> Iterator[tuple[Table, pl.DataFrame]]:
-    yield USERS, read_table(log / "users.parquet", USERS)
-    yield ITEMS, read_table(log / "items.parquet", ITEMS)
-    if (log / "histories.parquet").exists():
-        yield HISTORIES, read_table(log / "histories.parquet", HISTORIES)
-    yield EVENTS, read_events(log)  # last: they refer to the good rows of the others
+def _days_that_fail(validator: Validator, by_day: pl.DataFrame) -> list[str]:
+    sentences = []
+    for rule, places in validator.check("days", by_day):
+        form = ",.0f" if rule.column == "rows" else ".2%"
+        what = "rows" if rule.column == "rows" else f"of the label {rule.column}"
+        told = [
+            f"{day['day']} has {day[rule.column]:{form}} {what} where"
+            f" {day[f'{rule.column}.lowest']:{form}} to {day[f'{rule.column}.highest']:{form}} are expected"
+            for day in by_day[places[:MOST_TOLD]].to_dicts()
+        ]
+        more = f" and {len(places) - MOST_TOLD} days more" if len(places) > MOST_TOLD else ""
+        sentences.append(f"{rule.name}: {'; '.join(told)}{more}")
+    return sentences
 
 
-def _check(split: Split, max_bad_share: float) -> None:
-    if not 0 <= max_bad_share <= 1:
-        raise ValueError(f"max_bad_share must be between 0 and 1, not {max_bad_share}")
-    for name, bad in split.bad.items():
-        if bad > max_bad_share * split.rows[name]:
-            counts = [(count, rule) for rule, count in split.reasons.items() if rule.startswith(f"{name}.")]
-            most = "; ".join(f"{rule}: {count:,}" for count, rule in sorted(counts, reverse=True)[:5])
-            raise LogError(
-                f"{bad:,} of {split.rows[name]:,} {name} ({bad / split.rows[name]:.2%}) break the rules of"
-                f" penstock/events.py, more than max_bad_share = {max_bad_share:.2%} ({most});"
-                " mend the log, or allow more"
-            )
-        if bad == split.rows[name] and name == EVENTS.name:
-            raise LogError(f"none of the {bad:,} events keeps the rules of penstock/events.py")
+def record(
+    found: Validation, put_aside: Path, docs: Path, tracking_uri: str, run_name: str, params: Mapping[str, Any]
+) -> str:
+    """Keeps a validation in MLflow, with Data Docs and quarantine, and returns the id of its run.
 
-
-def _index(split: Split) -> str:
-    """The first page: how many rows of each table, how many bad, and why."""
-    tables = "".join(
-        f'<tr><td><a href="{name}.html">{name}</a></td><td>{rows:,}</td><td>{split.bad[name]:,}</td></tr>'
-        for name, rows in split.rows.items()
-    )
-    reasons = "".join(
-        f"<tr><td>{html.escape(reason)}</td><td>{count:,}</td></tr>"
-        for reason, count in sorted(split.reasons.items(), key=lambda item: -item[1])
-    )
-    return (
-        '<!doctype html><meta charset="utf-8"><title>Validation of the log</title>'
-        "<style>body{font:15px sans-serif;margin:2rem}td,th{text-align:left;padding:.2rem 1rem .2rem 0}</style>"
-        f"<h1>Validation of the log</h1><table><tr><th>table<th>rows<th>quarantined</tr>{tables}</table>"
-        f"<h2>Why</h2><table>{reasons or '<tr><td>every row keeps every rule</td></tr>'}</table>\n"
-    )
+    Raises:
+        LogError: the validation failed; the message says why, and where the Data Docs are.
+        TrackingError: MLflow is away or refuses.
+    """
+    metrics = {"rows": sum(found.rows.values()), "quarantined": sum(found.bad.values()), "bad_share": found.bad_share}
+    metrics |= {f"rows/{name}": count for name, count in found.rows.items()}
+    metrics |= {f"quarantined/{name}": count for name, count in found.bad.items()}
+    metrics |= {f"broken/{name}": count for name, count in found.broken.items()}
+    why = "; ".join(found.failures)
+    tags = {"kind": "validation", "mlflow.note.content": why or "The log keeps the rules."}
+    with tempfile.TemporaryDirectory() as folder:
+        # named so that MLflow's page and a person know what they are
+        shutil.copyfile(docs / "index.html", Path(folder) / DATA_DOCS)
+        shutil.copyfile(put_aside, Path(folder) / "quarantine.parquet")
+        files = sorted(Path(folder).iterdir())
+        try:
+            run_id = log_run(tracking_uri, run_name, params, metrics, files, tags=tags, failed=bool(why))
+        except TrackingError as error:
+            if why:
+                raise LogError(f"{why}; the Data Docs are not in MLflow: {error}") from error
+            raise
+    if why:
+        page = run_url(tracking_uri, run_id)
+        raise LogError(why + (f"; Data Docs: {page}/artifacts/{DATA_DOCS}" if page else ""))
+    return run_id

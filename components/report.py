@@ -12,14 +12,19 @@ def report(
     verdict: dsl.Input[dsl.Artifact],
     tracking_uri: str,
     run_name: str,
+    validation: str,
     report: dsl.Output[dsl.HTML],
 ) -> str:
-    """One HTML file; the answer is the id of the MLflow run that holds it as `report.html`, with every figure."""
+    """One HTML file; the answer is the id of the MLflow run that holds it as `report.html`, with every figure.
+
+    Args:
+        validation: the id of the MLflow run with the Data Docs of the log; a tag of the candidate's.
+    """
     import shutil
     import tempfile
     from pathlib import Path
 
-    from components.tracking import log_candidate
+    from components.tracking import log_run
     from penstock.report import write_report
 
     with tempfile.TemporaryDirectory() as folder:
@@ -29,6 +34,8 @@ def report(
         )
         Path(report.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(page, report.path)
-        run_id = log_candidate(tracking_uri, run_name, record.params, record.metrics, record.files)
+        run_id = log_run(
+            tracking_uri, run_name, record.params, record.metrics, record.files, tags={"validation": validation}
+        )
     report.metadata["run_id"] = run_id
     return run_id

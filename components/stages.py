@@ -30,8 +30,8 @@ class Ingested(NamedTuple):
 
 
 @dsl.pipeline
-def ingest(source: str, options: str, feedback: str) -> Ingested:
-    done = ingest_component(source=source, options=options, feedback=feedback)
+def ingest(source: str, options: str, feedback: str, mended: str) -> Ingested:
+    done = ingest_component(source=source, options=options, feedback=feedback, mended=mended)
     return Ingested(log=done.outputs["log"])
 
 
@@ -42,11 +42,21 @@ class Validated(NamedTuple):
     rows: int
     quarantined: int
     bad_share: float
+    run_id: str
 
 
 @dsl.pipeline
-def validate(log_uri: str, max_bad_share: float) -> Validated:
-    done = validate_component(log=_artifact(log_uri, dsl.Dataset), max_bad_share=max_bad_share)
+def validate(
+    log_uri: str, max_bad_share: float, severity: str, limits: str, tracking_uri: str, run_name: str
+) -> Validated:
+    done = validate_component(
+        log=_artifact(log_uri, dsl.Dataset),
+        max_bad_share=max_bad_share,
+        severity=severity,
+        limits=limits,
+        tracking_uri=tracking_uri,
+        run_name=run_name,
+    )
     return Validated(**{name: done.outputs[name] for name in Validated._fields})
 
 
@@ -143,6 +153,7 @@ def report(
     verdict_uri: str,
     tracking_uri: str,
     run_name: str,
+    validation: str,
 ) -> Report:
     done = report_component(
         examples=_artifact(examples_uri, dsl.Dataset),
@@ -152,6 +163,7 @@ def report(
         verdict=_artifact(verdict_uri, dsl.Artifact),
         tracking_uri=tracking_uri,
         run_name=run_name,
+        validation=validation,
     )
     return Report(report=done.outputs["report"], run_id=done.outputs["Output"])
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "penstock"
 MODEL = "penstock"
+DATA_DOCS = "data_docs.html"
+"""The page of a validation among the artifacts of its run."""
 
 
 class TrackingError(RuntimeError):
@@ -54,14 +56,17 @@ def _experiment(client: MlflowClient, tracking_uri: str) -> str:
     return client.create_experiment(EXPERIMENT, artifact_location=location)
 
 
-def log_candidate(
+def log_run(
     tracking_uri: str,
     run_name: str,
     params: Mapping[str, Any],
     metrics: Mapping[str, float],
     files: Iterable[Path],
+    *,
+    tags: Mapping[str, str] | None = None,
+    failed: bool = False,
 ) -> str:
-    """Records a candidate as one finished run and returns the run's id.
+    """Records a candidate or a validation as one run that has ended, and returns the run's id.
 
     Metric names keep letters, digits and ``_-./ :``; "@" becomes "_at_". Files and directories go to the artifacts
     under their own names.
@@ -73,7 +78,7 @@ def log_candidate(
     from mlflow.utils.time import get_current_time_millis
 
     with _client(tracking_uri) as client:
-        run = client.create_run(_experiment(client, tracking_uri), run_name=run_name)
+        run = client.create_run(_experiment(client, tracking_uri), run_name=run_name, tags=dict(tags or {}))
         run_id = run.info.run_id
         try:
             now = get_current_time_millis()
@@ -93,7 +98,7 @@ def log_candidate(
         except BaseException:
             client.set_terminated(run_id, "FAILED")
             raise
-        client.set_terminated(run_id)
+        client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
         return run_id
 
 
@@ -152,15 +157,43 @@ def set_aliases(tracking_uri: str, *, champion: int | None, challenger: int | No
 
 def run_url(tracking_uri: str, run_id: str) -> str:
     """The page of a run in MLflow's interface; empty if there is no server to ask."""
+    found = _ask(tracking_uri, f"runs/get?run_id={run_id}")
+    return _page(tracking_uri, found["run"]) if "run" in found else ""
+
+
+def find_run_url(tracking_uri: str, run_name: str) -> str:
+    """The page of the newest run of that name; empty if there is none, or no server to ask."""
+    experiment = _ask(tracking_uri, f"experiments/get-by-name?experiment_name={EXPERIMENT}").get("experiment")
+    if experiment is None:
+        return ""
+    query = {
+        "experiment_ids": [experiment["experiment_id"]],
+        "filter": f"attributes.run_name = '{run_name}'",
+        "order_by": ["attributes.start_time DESC"],
+        "max_results": 1,
+    }
+    runs = _ask(tracking_uri, "runs/search", query).get("runs")
+    return _page(tracking_uri, runs[0]) if runs else ""
+
+
+def _page(tracking_uri: str, run: Mapping[str, Any]) -> str:
+    return f"{tracking_uri}/#/experiments/{run['info']['experiment_id']}/runs/{run['info']['run_id']}"
+
+
+def _ask(tracking_uri: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What MLflow's server answers, without the weight of its client; nothing if there is none or it refuses."""
     if not tracking_uri.startswith("http"):
-        return ""
-    ask = f"{tracking_uri}/api/2.0/mlflow/runs/get?run_id={run_id}"
+        return {}
+    request = urllib.request.Request(
+        f"{tracking_uri}/api/2.0/mlflow/{path}",
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
     try:
-        with urllib.request.urlopen(ask, timeout=10) as answer:
-            experiment = json.load(answer)["run"]["info"]["experiment_id"]
-    except (urllib.error.URLError, KeyError, ValueError):
-        return ""
-    return f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}"
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return dict(json.load(answer))
+    except (urllib.error.URLError, ValueError):
+        return {}
 
 
 def _version_of(client: MlflowClient, number: str) -> str | None:

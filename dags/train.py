@@ -81,6 +81,7 @@ def train() -> None:
             raise AirflowFailException(f"{found['uri']} is gone: trigger the DAG `prepare` again")
         return {
             "examples": found["uri"],
+            "validation": found.get("validation", ""),
             "recall": with_config(params["recall_models"], params["recall_config"]),
             "rank": with_config(params["rank_models"], params["rank_config"]),
         }
@@ -113,6 +114,7 @@ def train() -> None:
         heads = ["auc_click", "auc_long_view", "auc_like"]
         return {
             "examples": plan["examples"],
+            "validation": plan["validation"],
             "recall": uri(best(list(recalls), "recall", ["recall@50"]), "recall"),
             "rank": uri(best(list(ranks), "rank", heads), "rank"),
         }
@@ -141,6 +143,7 @@ def train() -> None:
             **{f"{name}_uri": judged[name] for name in ("examples", "recall", "rank", "weights", "verdict")},
             tracking_uri=tracking_uri(),
             run_name=run_id,
+            validation=judged["validation"],
         )
         return judged | {"report": uri(outputs, "report"), "run_id": outputs["parameters"]["run_id"]}
 

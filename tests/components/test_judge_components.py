@@ -48,11 +48,14 @@ def test_gate_and_report_follow_each_other(candidate: Artifacts, tmp_path: Path)
 
     page = artifact(dsl.HTML, tmp_path / "page" / "report")
     tracking = f"sqlite:///{tmp_path}/mlflow/mlflow.db"
-    run_id = report.python_func(**inputs, verdict=verdict, tracking_uri=tracking, run_name="trial", report=page)
+    run_id = report.python_func(
+        **inputs, verdict=verdict, tracking_uri=tracking, run_name="trial", validation="docs", report=page
+    )
     html = (tmp_path / "page" / "report").read_text()
     assert sentence.split("'")[0] in html
     run = MlflowClient(tracking).get_run(run_id)
     assert run.data.params["rank.model"] == "mmoe"
+    assert run.data.tags["validation"] == "docs"
     assert run.data.metrics["approved"] == 1
     names = {found.path for found in MlflowClient(tracking).list_artifacts(run_id)}
     assert names == {"report.html", "figures", "verdict.json", "weights.json"}

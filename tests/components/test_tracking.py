@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from components.tracking import TrackingError, log_candidate, register_release, run_url, set_aliases
+from components.tracking import TrackingError, log_run, register_release, run_url, set_aliases
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def run_id(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "figures" / "roc.png").write_bytes(b"png")
     metrics = {"test/auc_click": 0.71, "validation/recall@50": 0.2}
     files = [folder / "report.html", folder / "figures"]
-    return log_candidate(uri, "manual__1", {"rank": {"model": "mmoe"}}, metrics, files)
+    return log_run(uri, "manual__1", {"rank": {"model": "mmoe"}}, metrics, files)
 
 
 def client(uri: str) -> Any:
@@ -79,6 +79,6 @@ def test_an_unregistered_release_gets_no_alias(uri: str, run_id: str) -> None:
 
 def test_a_server_that_is_away_is_one_line() -> None:
     with pytest.raises(TrackingError, match=r"^MLflow at http://127\.0\.0\.1:1: "):
-        log_candidate("http://127.0.0.1:1", "run", {}, {}, [])
+        log_run("http://127.0.0.1:1", "run", {}, {}, [])
     assert run_url("http://127.0.0.1:1", "x") == ""
     assert run_url("sqlite:///x.db", "x") == ""
