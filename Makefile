@@ -21,7 +21,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status test check lock clean
+.PHONY: setup servers demo up down status test check features-doc lock clean
 
 setup: $(READY)
 
@@ -70,6 +70,10 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+
+# docs/features.md, from what Feast is told; the tests hold it current.
+features-doc: $(READY)
+	@$(BIN)/python -m feature_repo.describe
 
 # New versions: edit pyproject.toml, then make lock.
 lock: | $(UV)
