@@ -22,6 +22,7 @@ PORTS = {
     "airflow": ("PENSTOCK_AIRFLOW_PORT", 8080),
     "mlflow": ("PENSTOCK_MLFLOW_PORT", 5000),
     "gateway": ("PENSTOCK_GATEWAY_PORT", 8000),
+    "features": ("PENSTOCK_FEATURES_PORT", 6566),
     "model server (gRPC)": ("PENSTOCK_GRPC_PORT", 8500),
     "model server (REST)": ("PENSTOCK_REST_PORT", 8501),
 }
@@ -43,15 +44,19 @@ class LocalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """A home directory and the ports of its services. `model_server` is a real TF Serving's gRPC, if there is one."""
+    """A home directory and the ports of its services.
+
+    `model_server` is a real TF Serving's gRPC, if there is one, and `feature_store` another configuration of Feast.
+    """
 
     home: Path
     ports: dict[str, int]
     model_server: str = ""
+    feature_store: str = ""
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ, data: str | None = None) -> Place:
-        """By PENSTOCK_HOME, PENSTOCK_*_PORT and PENSTOCK_MODEL_SERVER.
+        """By PENSTOCK_HOME, PENSTOCK_*_PORT, PENSTOCK_MODEL_SERVER and PENSTOCK_FEATURE_STORE.
 
         Without PENSTOCK_HOME each data set has a home of its own, as models and feedback of one mean nothing for
         another: `data` is its path, "" the simulator, and None whichever was started last.
@@ -68,7 +73,8 @@ class Place:
                 raise LocalError(f"{variable}={text} is the port of {other} too; give each its own")
             ports[service] = int(text)
         home = Path(environment.get("PENSTOCK_HOME") or _default_home(data)).resolve()
-        return Place(home, ports, environment.get("PENSTOCK_MODEL_SERVER", ""))
+        store = environment.get("PENSTOCK_FEATURE_STORE", "")
+        return Place(home, ports, environment.get("PENSTOCK_MODEL_SERVER", ""), store and str(ROOT / store))
 
     def url(self, service: str) -> str:
         return f"http://{HOST}:{self.ports[service]}"
@@ -123,6 +129,7 @@ class Place:
             "MLflow": self.url("mlflow"),
             "gateway": f"{self.url('gateway')}/docs   POST /recommend, POST /feedback",
             "model server": models,
+            "features": f"{self.url('features')}   POST /get-online-features, as docs/features.md says",
             "shell": f". {self.home / 'env.sh'}   then: airflow dags trigger prepare",
             "logs": str(self.home / "logs"),
         }
@@ -160,6 +167,9 @@ class Place:
             "PENSTOCK_HOME": str(self.home),
             **{variable: str(self.ports[service]) for service, (variable, _) in PORTS.items()},
             **({"PENSTOCK_MODEL_SERVER": self.model_server} if self.model_server else {}),
+            **({"PENSTOCK_FEATURE_STORE": self.feature_store} if self.feature_store else {}),
+            # what the feast command and FeatureStore(repo_path=…) read
+            **({"FEAST_FS_YAML_FILE_PATH": self.feature_store} if self.feature_store else {}),
             "PYTHONPATH": str(ROOT),
             "MLFLOW_TRACKING_URI": self.url("mlflow"),
             "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -1,4 +1,4 @@
-"""Starts, watches and stops the services of one machine: Airflow, MLflow, model server and gateway.
+"""Starts, watches and stops the services of one machine: Airflow, MLflow, model server, gateway and feature server.
 
 `serve` runs in a process of its own (its log is HOME/logs/supervisor.log) and holds HOME/supervisor.lock as long as it
 lives. What it does is told by HOME/services.json:
@@ -93,6 +93,8 @@ class Supervisor:
         self._spawn("airflow-scheduler", "airflow", "scheduler", "--skip-serve-logs")
         self._spawn("airflow-dag-processor", "airflow", "dag-processor")
         self._spawn("gateway", "serving.gateway")
+        port = str(place.ports["features"])
+        self._spawn("features", "feature_repo.serve", "--home", str(self._home), "--host", HOST, "--port", port)
         self._await()
 
     def _prepare(self) -> None:
@@ -142,6 +144,7 @@ class Supervisor:
         checks: dict[str, Callable[[], bool]] = {
             "mlflow": lambda: _ok(f"{place.url('mlflow')}/health"),
             "gateway": lambda: _ok(f"{place.url('gateway')}/health"),
+            "features": lambda: _ok(f"{place.url('features')}/health"),
             "airflow": lambda: _airflow_is_healthy(place),
         }
         if not place.model_server:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from local.place import HOMES, PORTS, LocalError, Place, write_private
+from local.place import HOMES, PORTS, ROOT, LocalError, Place, write_private
 
 
 @pytest.fixture
@@ -72,8 +72,19 @@ def test_a_port_in_use_names_service_and_variable(place: Place) -> None:
 
 def test_a_real_model_server_needs_no_port_of_ours(tmp_path: Path) -> None:
     place = Place.from_environment({"PENSTOCK_MODEL_SERVER": "serving:8500"})
-    assert set(place.own_ports) == {"airflow", "mlflow", "gateway"}
+    assert set(place.own_ports) == {"airflow", "mlflow", "gateway", "features"}
     assert place.environment()["PENSTOCK_MODEL_SERVER"] == "serving:8500"
+
+
+def test_another_feature_store_is_the_feast_commands_too(place: Place, tmp_path: Path) -> None:
+    names = {"PENSTOCK_FEATURE_STORE", "FEAST_FS_YAML_FILE_PATH"}
+    assert not names & place.environment().keys()
+    for store, path in {
+        "feature_repo/stores/redis.yaml": ROOT / "feature_repo/stores/redis.yaml",
+        "/x.yaml": "/x.yaml",
+    }.items():
+        other = Place.from_environment({"PENSTOCK_HOME": str(tmp_path), "PENSTOCK_FEATURE_STORE": store})
+        assert {name: other.environment()[name] for name in names} == dict.fromkeys(names, str(path))
 
 
 def test_secrets_are_made_once_and_private(place: Place) -> None:
