@@ -192,7 +192,7 @@ def append_feedback(log: Path, directory: Path) -> int:
     """
     records = list(FeedbackReader(directory).read())
     if records:
-        (log / SEQUENCE_FILE).write_text(json.dumps({"sequence": records[-1]["sequence"]}))
+        write_sequence(log, records[-1]["sequence"])
     rows = _rows(records, str(directory))
     if rows.is_empty():
         return 0
@@ -213,6 +213,11 @@ def read_sequence(log: Path) -> int:
     """The number of the last feedback record that a log holds; 0 if it holds none."""
     path = log / SEQUENCE_FILE
     return int(json.loads(path.read_text())["sequence"]) if path.exists() else 0
+
+
+def write_sequence(log: Path, sequence: int) -> None:
+    """Keeps with a log the number of the last feedback record that it holds."""
+    (log / SEQUENCE_FILE).write_text(json.dumps({"sequence": sequence}))
 
 
 def read_feedback(directory: Path) -> pl.DataFrame:

@@ -231,33 +231,34 @@ def _list(values: list[int], start: int) -> str:
 def log_of_now(log: Path, feedback: Path, out: Path) -> Path:
     """A log in `out`: that of `log` and the feedback since; files are linked where they need no change.
 
-    Of what `log` holds of the feedback, rows that were told more since are replaced; those that validation left out
-    of it stay out.
+    Of a request that more was told of since, the rows in `log` are replaced; those that validation left out of it stay
+    out.
 
     Raises:
         LogError, LineError: the log or the feedback cannot be read.
     """
-    rows = read_feedback(feedback)
     reached = read_sequence(log)
-    known = [
-        record["request_id"]
-        for record in FeedbackReader(feedback).read()
-        if record["kind"] == "impressions" and record["sequence"] <= reached
-    ]
-    held = []
+    before, since = set(), set()
+    for record in FeedbackReader(feedback).read():
+        if record["sequence"] > reached:
+            since.add(record["request_id"])
+        elif record["kind"] == "impressions":
+            before.add(record["request_id"])
+    changed = pl.Series(sorted(since), dtype=pl.Int64).implode()
+    rows = read_feedback(feedback).filter(pl.col("request_id").is_in(changed))
+    held = [pl.Series("event_id", [], pl.Int64)]
     for path in event_files(log):
-        frame = read_table(path, EVENTS)
-        kept = frame.filter(~pl.col("event_id").is_in(rows["event_id"].implode()))
         target = out / path.relative_to(log)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if kept.height == frame.height:
+        frame = read_table(path, EVENTS)
+        replaced = frame["event_id"].is_in(rows["event_id"].implode())
+        if not replaced.any():
             target.symlink_to(path.resolve())
             continue
-        held.append(frame.join(kept, on="event_id", how="anti")["event_id"])
-        if kept.height:
-            kept.write_parquet(target)
-    there = pl.concat([pl.Series("event_id", [], pl.Int64), *held]).implode()
-    left_out = pl.col("request_id").is_in(pl.Series(known, dtype=pl.Int64).implode()) & ~pl.col("event_id").is_in(there)
+        held.append(frame["event_id"].filter(replaced))
+        frame.filter(~replaced).write_parquet(target)
+    known = pl.col("request_id").is_in(pl.Series(sorted(before), dtype=pl.Int64).implode())
+    left_out = known & ~pl.col("event_id").is_in(pl.concat(held).implode())
     write_events(rows.filter(~left_out), out, "since")
     for name in ("users", "items", "histories"):
         if (log / f"{name}.parquet").exists():

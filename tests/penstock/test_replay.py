@@ -180,11 +180,12 @@ def test_the_feedback_since_joins_the_log_once(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", [an_event(n, n % 3, n, START + n * HOUR) for n in range(30)])
     feedback = tmp_path / "feedback"
     tell(feedback, 2**52, 1, [3, 4], START + 30 * HOUR, [3])
-    tell(feedback, 2**52 + 1, 2, [5], START + 31 * HOUR, [])
+    tell(feedback, 2**52 + 1, 2, [5, 7], START + 31 * HOUR, [])
     append_feedback(log, feedback)
-    # validation left one row out; since then one was told more of, and one is new
+    # validation left one row out, and one was mended; since then one was told more of, and one is new
     for path in (log / "events").glob("*/feedback.parquet"):
-        pl.read_parquet(path).filter(pl.col("item_id") != 5).write_parquet(path)
+        mended = pl.when(pl.col("item_id") == 7).then(9).otherwise("device").alias("device")
+        pl.read_parquet(path).with_columns(mended).filter(pl.col("item_id") != 5).write_parquet(path)
     tell(feedback, 2**52 + 2, 8, [6], START + 50 * HOUR, [6])
     with FeedbackLog(feedback) as told:
         told.outcomes(2**52, [{"item_id": 4, "long_view": 1}])
@@ -194,8 +195,17 @@ def test_the_feedback_since_joins_the_log_once(tmp_path: Path) -> None:
 
     rows = read_events(now)
     assert rows["event_id"].is_unique().all()
-    answered = rows.filter(pl.col("release").is_not_null()).select("request_id", "item_id", "click", "long_view").rows()
-    assert answered == [(2**52, 3, 1, 0), (2**52, 4, 0, 1), (2**52 + 2, 6, 1, 0)]
+    answered = (
+        rows.filter(pl.col("release").is_not_null())
+        .select("request_id", "item_id", "device", "click", "long_view")
+        .rows()
+    )
+    assert answered == [
+        (2**52, 3, 0, 1, 0),
+        (2**52, 4, 0, 0, 1),
+        (2**52 + 1, 7, 9, 0, 0),
+        (2**52 + 2, 6, 0, 1, 0),
+    ]
     others = rows.filter(pl.col("release").is_null())
     assert others.equals(read_events(log).filter(pl.col("release").is_null()))
     linked = [path for path in (now / "events").rglob("*.parquet") if path.is_symlink()]
