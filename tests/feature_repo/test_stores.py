@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import yaml
 from feast import FeatureStore
 
 from feature_repo.configuration import StoreError, addresses, read_configuration
@@ -62,8 +63,15 @@ def on_postgres(postgres: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 @pytest.fixture
-def on_spark(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PENSTOCK_FEATURE_STORE", f"{STORES}/spark.yaml")
+def on_spark_and_redis(on_redis: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Spark fills and joins, Redis serves: sections of two files make a third."""
+    both, spark = (yaml.safe_load(Path(STORES, f"{name}.yaml").read_text()) for name in ("redis", "spark"))
+    both["offline_store"] = spark["offline_store"]
+    path = tmp_path / "both.yaml"
+    path.write_text(yaml.safe_dump(both))
+    monkeypatch.setenv("PENSTOCK_FEATURE_STORE", str(path))
+    # a short life: compiling well would take longer than running
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
     yield
     from pyspark.sql import SparkSession
 
@@ -159,7 +167,7 @@ def test_postgres_joins_as_the_embedded_store_does(
 
 
 def test_spark_joins_and_fills_as_the_embedded_store_does(
-    on_spark: None,
+    on_spark_and_redis: None,
     embedded: Served,
     log: Path,
     late: dict[str, pl.DataFrame],
