@@ -14,6 +14,7 @@ from components.gate import gate as gate_component
 from components.ingest import ingest as ingest_component
 from components.materialise import materialise
 from components.predict_rank import predict_rank
+from components.replay import replay as replay_component
 from components.report import report as report_component
 from components.search_weights import search_weights
 from components.train_rank import train_rank
@@ -197,3 +198,24 @@ def release(
         git_revision=git_revision,
     )
     return Released(release=done.outputs["release"], number=done.outputs["Output"])
+
+
+class Replayed(NamedTuple):
+    replayed: dsl.Artifact
+    reached: bool
+    sentence: str
+
+
+@dsl.pipeline
+def replay(
+    validated_uri: str, home: str, release: int, newest: int, min_equal_share: float, tracking_uri: str
+) -> Replayed:
+    done = replay_component(
+        validated=_artifact(validated_uri, dsl.Dataset),
+        home=home,
+        release=release,
+        newest=newest,
+        min_equal_share=min_equal_share,
+        tracking_uri=tracking_uri,
+    )
+    return Replayed(**{name: done.outputs[name] for name in Replayed._fields})

@@ -74,32 +74,52 @@ def log_run(
     Raises:
         TrackingError: MLflow is away or refuses.
     """
-    from mlflow.entities import Metric, Param
-    from mlflow.utils.time import get_current_time_millis
-
     with _client(tracking_uri) as client:
         run = client.create_run(_experiment(client, tracking_uri), run_name=run_name, tags=dict(tags or {}))
         run_id = run.info.run_id
         try:
-            now = get_current_time_millis()
-            client.log_batch(
-                run_id,
-                metrics=[Metric(name.replace("@", "_at_"), float(value), now, 0) for name, value in metrics.items()],
-                params=[
-                    Param(name, value if isinstance(value, str) else json.dumps(value, default=str))
-                    for name, value in params.items()
-                ],
-            )
-            for path in files:
-                if path.is_dir():
-                    client.log_artifacts(run_id, str(path), path.name)
-                else:
-                    client.log_artifact(run_id, str(path))
+            _keep(client, run_id, params, metrics, files)
         except BaseException:
             client.set_terminated(run_id, "FAILED")
             raise
         client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
         return run_id
+
+
+def add_to_run(tracking_uri: str, run_id: str, metrics: Mapping[str, float], files: Iterable[Path]) -> None:
+    """Adds figures and files to a run that has ended, by the rules of `log_run`.
+
+    Raises:
+        TrackingError: MLflow is away or refuses, or there is no such run.
+    """
+    with _client(tracking_uri) as client:
+        _keep(client, run_id, {}, metrics, files)
+
+
+def _keep(
+    client: MlflowClient,
+    run_id: str,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    files: Iterable[Path],
+) -> None:
+    from mlflow.entities import Metric, Param
+    from mlflow.utils.time import get_current_time_millis
+
+    now = get_current_time_millis()
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name.replace("@", "_at_"), float(value), now, 0) for name, value in metrics.items()],
+        params=[
+            Param(name, value if isinstance(value, str) else json.dumps(value, default=str))
+            for name, value in params.items()
+        ],
+    )
+    for path in files:
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), path.name)
+        else:
+            client.log_artifact(run_id, str(path))
 
 
 def register_release(tracking_uri: str, release_dir: Path, manifest: Mapping[str, Any]) -> str:

@@ -113,6 +113,7 @@ def prepare() -> None:
         )
         context["outlet_events"][EXAMPLES].extra = {
             "uri": uri(outputs, "examples"),
+            "log": uri(validated, "validated"),
             "run_id": context["dag_run"].run_id,
             "source": context["params"]["source"],
             "validation": validated["parameters"]["run_id"],

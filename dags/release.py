@@ -1,4 +1,4 @@
-"""A candidate becomes the release that answers: approve → (canary → evidence → approve) → promote."""
+"""A candidate becomes the release that answers: approve → (canary → evidence →) replay (→ approve) → promote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from airflow.sdk import Param, PokeReturnValue, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from dags.assets import CANDIDATE, newest
-from dags.stages import follow_routing, git_revision, home, run, tracking_uri
+from dags.stages import follow_routing, git_revision, home, run, tracking_uri, uri
 
 CANARY = {"share": 0.2, "min_impressions": 200, "wait_minutes": 60}
 # an answer within seconds of the question can meet the executor's late report of the question, and fail
@@ -83,12 +83,25 @@ def answer(task_id: str) -> Answer:
     max_active_runs=1,
     tags=["penstock"],
     default_args={"retries": 0, "execution_timeout": timedelta(hours=1)},
+    params={
+        "replayed_requests": Param(5000, type="integer", minimum=0, description="newest logged requests, at most"),
+        "min_equal_share": Param(
+            0.9999, type="number", minimum=0, maximum=1, description="of the vectors that the replay compares"
+        ),
+        "require_replay": Param(
+            True, type="boolean", description="a lower share fails the run; without, a person decides by it"
+        ),
+    },
     doc_md="""
     ### From a candidate to what users get
     A person approves the candidate by the gate's verdict and the report; silence for a day is a rejection.
     The first release is promoted at once. Later ones answer a `share` of the users first (the canary); when it has been
     shown `min_impressions` times, or after `wait_minutes`, a person approves its promotion by what the A/B split has
     shown, or it is withdrawn. The approver sets the three in the form of the approval.
+
+    Before any promotion the **replay** holds the feature vectors that requests were served, and those of a probe,
+    against what training is given for the same entity and time, bit for bit. Below `min_equal_share` the run fails and
+    a canary is withdrawn, unless `require_replay` is off.
 
     Approvals wait under **Required Actions**. A rejection skips what follows and the run is a success: whether a
     release was promoted is told by the task `promote`.
@@ -152,9 +165,9 @@ def release() -> None:
         tracking.register_release(tracking_uri(), releases.directory(home(), number), releases.manifest(home(), number))
         return number
 
-    @task.branch(doc_md="The first release is promoted at once; a later one goes through a canary.")
+    @task.branch(doc_md="The first release needs no canary; a later one goes through one.")
     def road(found: dict[str, Any], number: int) -> str:
-        return "promote" if found["champion"] is None else "canary"
+        return "replay" if found["champion"] is None else "canary"
 
     @task(retries=1, retry_delay=timedelta(seconds=5), doc_md="The release answers a share of the users.")
     def canary(found: dict[str, Any], number: int) -> dict[str, Any]:
@@ -184,11 +197,42 @@ def release() -> None:
         waited = time.time() - started["since"] >= form["wait_minutes"] * 60
         return PokeReturnValue(enough or waited, evidence_table(started["releases"], counts))
 
+    @task(
+        trigger_rule="none_failed_min_one_success",
+        doc_md="Holds served feature vectors against offline ones; a release that is served others is not promoted.",
+    )
+    def replay() -> dict[str, str]:
+        from components import tracking
+
+        context = get_current_context()
+        params = context["params"]
+        found, number = (context["ti"].xcom_pull(task_ids=name) for name in ("candidate", "build"))
+        if not Path(found.get("log") or "nowhere").is_dir():
+            raise AirflowFailException("the log that this release was trained on is gone: trigger the DAG `prepare`")
+        outputs = run(
+            "replay",
+            key=str(context["ti"].try_number),  # what was served has gone on since another try
+            validated_uri=found["log"],
+            home=str(home()),
+            release=int(number),
+            newest=params["replayed_requests"],
+            min_equal_share=params["min_equal_share"],
+            tracking_uri=tracking_uri(),
+        )
+        page = Path(uri(outputs, "replayed")) / "replay.html"
+        reached, sentence = (outputs["parameters"][name] for name in ("reached", "sentence"))
+        if not reached and params["require_replay"]:
+            raise AirflowFailException(f"release {number} is not promoted. {sentence} See {page}")
+        link = tracking.run_url(tracking_uri(), found["run_id"])
+        where = f"[replay.html]({link}/artifacts/replay.html)" if link else f"`{page}`"
+        return {"sentence": sentence, "body": f"{sentence if reached else f'**{sentence}**'} {where}"}
+
     approve_promotion = ApprovalOperator(
         task_id="approve_promotion",
         subject="Promote release {{ ti.xcom_pull(task_ids='build') }} from canary to everybody?",
         body="{{ ti.xcom_pull(task_ids='candidate')['sentence'] }}\n\n"
-        "{{ ti.xcom_pull(task_ids='candidate')['body'] }}\n\nOnline so far:\n\n"
+        "{{ ti.xcom_pull(task_ids='candidate')['body'] }}\n\n"
+        "{{ ti.xcom_pull(task_ids='replay')['body'] }}\n\nOnline so far:\n\n"
         "{{ ti.xcom_pull(task_ids='evidence') }}",
         assigned_users=APPROVERS,
         defaults=ApprovalOperator.REJECT,
@@ -215,7 +259,8 @@ def release() -> None:
         rollout.promote(home(), number, by=said.by, reason=f"approved in run {context['run_id']}")
         return number
 
-    @task(trigger_rule="none_failed_min_one_success", doc_md="A canary that was turned down answers nobody.")
+    # whatever became of the tasks before it: a canary that nobody can judge is none
+    @task(trigger_rule="all_done", doc_md="A canary that was turned down, or that failed its replay, answers nobody.")
     def withdraw() -> None:
         from serving import rollout
 
@@ -224,8 +269,9 @@ def release() -> None:
             raise AirflowSkipException("there was no canary")
         said = answer("approve_promotion")
         if said.approved:
-            raise AirflowSkipException("promoted")
-        rollout.withdraw(home(), by=said.by, reason=f"turned down in run {context['run_id']}")
+            raise AirflowSkipException("its promotion was approved")
+        rollout.withdraw(home(), by=said.by, reason=f"not promoted in run {context['run_id']}")
+        follow_routing()
 
     @task(
         trigger_rule="none_failed_min_one_success",
@@ -240,12 +286,15 @@ def release() -> None:
     number = build(found)
     way = road(found, number)
     started = canary(found, number)
-    # promote hangs on nothing but these two: with any other success above it a rejection would let it run
+    shown = evidence(started)
+    # these hang on nothing else: with any other success above them a rejection would let them run
+    replayed = replay()
     promoted = promote()
     withdrawn = withdraw()
     found >> approve >> number
-    way >> [started, promoted]
-    evidence(started) >> approve_promotion >> promoted
+    way >> [started, replayed]
+    shown >> replayed >> [approve_promotion, promoted]
+    shown >> approve_promotion >> promoted
     [started, promoted] >> withdrawn
     [promoted, withdrawn] >> aliases()
 

@@ -81,6 +81,7 @@ def train() -> None:
             raise AirflowFailException(f"{found['uri']} is gone: trigger the DAG `prepare` again")
         return {
             "examples": found["uri"],
+            "log": found.get("log", ""),
             "validation": found.get("validation", ""),
             "recall": with_config(params["recall_models"], params["recall_config"]),
             "rank": with_config(params["rank_models"], params["rank_config"]),
@@ -114,6 +115,7 @@ def train() -> None:
         heads = ["auc_click", "auc_long_view", "auc_like"]
         return {
             "examples": plan["examples"],
+            "log": plan["log"],
             "validation": plan["validation"],
             "recall": uri(best(list(recalls), "recall", ["recall@50"]), "recall"),
             "rank": uri(best(list(ranks), "rank", heads), "rank"),

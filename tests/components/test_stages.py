@@ -7,7 +7,19 @@ from google.protobuf import json_format
 
 from components import stages
 
-NAMES = ["ingest", "validate", "features", "examples", "recall", "rank", "weights", "gate", "report", "release"]
+NAMES = [
+    "ingest",
+    "validate",
+    "features",
+    "examples",
+    "recall",
+    "rank",
+    "weights",
+    "gate",
+    "report",
+    "release",
+    "replay",
+]
 
 
 def spec(name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from components.tracking import TrackingError, log_run, register_release, run_url, set_aliases
+from components.tracking import TrackingError, add_to_run, log_run, register_release, run_url, set_aliases
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,18 @@ def test_releases_are_versions_and_aliases_follow(uri: str, run_id: str, tmp_pat
 
     set_aliases(uri, champion=2, challenger=None)
     assert registry.get_registered_model("penstock").aliases == {"champion": int(second)}
+
+
+def test_a_run_that_has_ended_can_be_added_to(uri: str, tmp_path: Path) -> None:
+    run_id = log_run(uri, "manual__2", {"seed": "1"}, {"approved": 1.0}, [])
+    (tmp_path / "replay.html").write_text("<p>100 %</p>")
+    add_to_run(uri, run_id, {"replay/equal_share": 1.0}, [tmp_path / "replay.html"])
+    run = client(uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"approved": 1.0, "replay/equal_share": 1.0}
+    assert [found.path for found in client(uri).list_artifacts(run_id)] == ["replay.html"]
+    with pytest.raises(TrackingError, match="not found"):
+        add_to_run(uri, "0" * 32, {"replay/equal_share": 1.0}, [])
 
 
 def test_an_unregistered_release_gets_no_alias(uri: str, run_id: str) -> None:

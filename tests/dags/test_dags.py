@@ -102,30 +102,55 @@ def test_silence_is_a_rejection(parsed: dict[str, Any]) -> None:
     assert tasks["approve"]["defaults"] == tasks["approve_promotion"]["defaults"] == ["Reject"]
 
 
+def outcome(tasks: dict[str, Any], states: dict[str, str]) -> dict[str, str]:
+    """What Airflow's rules make of a run in which some tasks end so; a rejection skips what hangs on it directly."""
+    states = dict(states)
+    while pending := [
+        name for name, task in tasks.items() if name not in states and all(up in states for up in task["upstream"])
+    ]:
+        for name in pending:
+            ups = [states[up] for up in tasks[name]["upstream"]]
+            failed = {"failed", "upstream_failed"} & set(ups)
+            if tasks[name]["rule"] == "all_done":
+                states[name] = "success"
+            elif failed:
+                states[name] = "upstream_failed"
+            elif tasks[name]["rule"] == "none_failed_min_one_success":
+                states[name] = "success" if "success" in ups else "skipped"
+            else:
+                states[name] = "success" if all(up == "success" for up in ups) else "skipped"
+    return states
+
+
 def test_nothing_reaches_promote_past_a_rejection(parsed: dict[str, Any]) -> None:
-    """By Airflow's rules: a rejection skips what hangs on it directly, the rest follows from the trigger rules."""
     tasks = parsed["dags"]["release"]["tasks"]
 
-    def outcome(states: dict[str, str]) -> dict[str, str]:
-        states = dict(states)
-        while pending := [
-            name for name, task in tasks.items() if name not in states and all(up in states for up in task["upstream"])
-        ]:
-            for name in pending:
-                ups = [states[up] for up in tasks[name]["upstream"]]
-                some = tasks[name]["rule"] == "none_failed_min_one_success"
-                runs = "success" in ups if some else all(up == "success" for up in ups)
-                states[name] = "success" if runs else "skipped"
-        return states
-
-    rejected = outcome({"candidate": "success", "approve": "success", "build": "skipped"})
+    # withdraw finds no canary, and skips itself
+    rejected = outcome(tasks, {"candidate": "success", "approve": "success", "build": "skipped", "withdraw": "skipped"})
     assert {name for name, state in rejected.items() if state == "success"} == {"candidate", "approve"}
 
-    first = outcome({"canary": "skipped", "road": "success"})
-    assert (first["promote"], first["evidence"], first["approve_promotion"]) == ("success", "skipped", "skipped")
+    first = outcome(tasks, {"canary": "skipped", "road": "success"})
+    assert (first["replay"], first["promote"]) == ("success", "success")
+    assert (first["evidence"], first["approve_promotion"]) == ("skipped", "skipped")
 
-    withdrawn = outcome({"promote": "skipped"})
+    withdrawn = outcome(tasks, {"promote": "skipped"})
     assert (withdrawn["withdraw"], withdrawn["aliases"]) == ("success", "success")
+
+
+def test_a_release_that_fails_its_replay_is_not_promoted_and_its_canary_ends(parsed: dict[str, Any]) -> None:
+    tasks = parsed["dags"]["release"]["tasks"]
+    for first in (True, False):
+        failed = outcome(tasks, {"replay": "failed", "canary": "skipped" if first else "success"})
+        assert (failed["promote"], failed["approve_promotion"]) == ("upstream_failed", "upstream_failed")
+        assert failed["withdraw"] == "success"
+        assert failed["aliases"] == "upstream_failed"  # the run's last task: the run is a failure
+
+
+def test_a_promotion_is_asked_for_with_the_evidence_and_the_replay(parsed: dict[str, Any]) -> None:
+    tasks = parsed["dags"]["release"]["tasks"]
+    assert tasks["replay"]["upstream"] == ["evidence", "road"]
+    assert tasks["approve_promotion"]["upstream"] == ["evidence", "replay"]
+    assert tasks["promote"]["upstream"] == ["approve_promotion", "replay"]
 
 
 @pytest.fixture
