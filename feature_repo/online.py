@@ -12,19 +12,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import polars as pl
-import pyarrow as pa
 from feast import FeatureStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 
 from feature_repo.configuration import StoreError, addresses, reaching
-from feature_repo.materialised import IN_MEMORY, Materialised, path_of, read_materialised, table_path
+from feature_repo.materialised import IN_MEMORY, Materialised, ServingTable, path_of, read_materialised, table_path
 from feature_repo.on_demand import as_column
 from feature_repo.online_store import PackedOnlineStore
 from feature_repo.store import EPOCH, check_service, open_store, quiet
 from penstock.activity import Activity
-from penstock.features import SERVICES, STAMPS, VIEWS, Column, OnDemand, Ragged, View, default, on_demand_of, views_of
+from penstock.features import SERVICES, STAMPS, VIEWS, Column, OnDemand, Ragged, View, on_demand_of, views_of
 
 ACTIVITY = next(view for view in VIEWS if view.name == "user_activity")
 OF_ITEMS = {feature.name for view in VIEWS if view.entity == "item" for feature in view.features}
@@ -47,41 +45,6 @@ class Request:
         }
 
 
-class _Table:
-    """The rows of a view in memory, with a row of defaults for whom it does not hold."""
-
-    def __init__(self, path: Path, view: View) -> None:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-        self._keys = table[view.key].chunk(0).to_numpy() if table.num_rows else np.empty(0, np.int64)
-        self._columns: dict[str, Column] = {}
-        for feature in view.features:
-            column = table[feature.name].combine_chunks()
-            missing = default(feature.dtype)
-            if isinstance(feature.dtype, pl.List):
-                offsets = column.offsets.to_numpy()
-                self._columns[feature.name] = Ragged(column.values.to_numpy(), np.append(offsets, offsets[-1:]))
-            else:
-                values = column.to_numpy(zero_copy_only=False)
-                self._columns[feature.name] = np.append(values, np.array([missing], values.dtype))
-
-    def take(self, keys: np.ndarray) -> dict[str, Column]:
-        """The columns of some entities, in their order."""
-        places, found = self._find(keys)
-        rows = np.where(found, places, len(self._keys))
-        return {name: column.take(rows) for name, column in self._columns.items()}
-
-    def holds(self, keys: np.ndarray) -> np.ndarray:
-        """Which of some entities it holds."""
-        return self._find(keys)[1]
-
-    def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        places = np.searchsorted(self._keys, keys)
-        found = places < len(self._keys)
-        found[found] = self._keys[places[found]] == keys[found]
-        return places, found
-
-
 class Online:
     """Reads the newest values for serving; one for a process, shared by its threads.
 
@@ -95,7 +58,7 @@ class Online:
     """
 
     def __init__(self, home: Path) -> None:
-        self._home = home
+        self._home, self._path = home, str(path_of(home))
         # a connection on which one thread writes is none that others can read on
         self._store, self._pushes = open_store(home), open_store(home)
         self._pushing = threading.Lock()
@@ -105,7 +68,7 @@ class Online:
             self._views = {view.name: self._store.get_feature_view(view.name) for view in VIEWS}
         self._switching = threading.Lock()
         self._seen: tuple[int, int] | None = None
-        self._current: tuple[Materialised, dict[str, _Table]] = (Materialised(0, 0, 0), {})
+        self._current: tuple[Materialised, dict[str, ServingTable]] = (Materialised(0, 0, 0), {})
         self.materialised()
 
     def materialised(self) -> Materialised:
@@ -176,10 +139,10 @@ class Online:
         except Exception as error:
             raise _away(self._pushes, error) from error
 
-    def _tables(self) -> tuple[Materialised, dict[str, _Table]]:
+    def _tables(self) -> tuple[Materialised, dict[str, ServingTable]]:
         """The newest materialisation and its tables."""
         try:
-            status = os.stat(path_of(self._home))
+            status = os.stat(self._path)
         except FileNotFoundError as error:
             raise StoreError(f"nothing is materialised in {self._home}: run the prepare DAG") from error
         seen = (status.st_ino, status.st_mtime_ns)
@@ -188,7 +151,8 @@ class Online:
                 newest = read_materialised(self._home)
                 if newest != self._current[0]:
                     tables = {
-                        view.name: _Table(table_path(self._home, newest.version, view.name), view) for view in IN_MEMORY
+                        view.name: ServingTable(table_path(self._home, newest.version, view.name), view)
+                        for view in IN_MEMORY
                     }
                     self._current = (newest, tables)
                 self._seen = seen

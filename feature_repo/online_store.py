@@ -211,8 +211,7 @@ class _Connection:
                 f"{path} is no online store of format {FORMAT} (application and format are {self._marks()}):"
                 " remove it and fill it by a run of the prepare DAG"
             )
-        status = os.stat(path)
-        self.path, self._file = path, (status.st_dev, status.st_ino)
+        self._file = self._identity(path)
         self._layouts: dict[int, Layout] = {}
 
     def _marks(self) -> tuple[int, int]:
@@ -232,13 +231,17 @@ class _Connection:
             self.sqlite.execute(f"PRAGMA application_id = {APPLICATION}")
             self.sqlite.execute(f"PRAGMA user_version = {FORMAT}")
 
+    @staticmethod
+    def _identity(path: Path) -> tuple[Path, int, int]:
+        status = os.stat(path)
+        return path, status.st_dev, status.st_ino
+
     def reads(self, path: Path) -> bool:
         """Whether this is a connection to the file that has the name now."""
         try:
-            status = os.stat(path)
+            return self._identity(path) == self._file
         except FileNotFoundError:
             return False
-        return path == self.path and (status.st_dev, status.st_ino) == self._file
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ never see the future, and the newest row (what the online store serves) is what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from penstock.feedback import read_sequence
 WINDOWS = {"1h": 1, "1d": 24, "7d": WINDOW_HOURS}
 """Window → hours. It ends now and begins at the full hour that many hours before the hour that runs."""
 
+_LENGTHS = np.array(list(WINDOWS.values()))
+
 PRIOR_IMPRESSIONS = 20
 """Impressions at the prior rate that a rate starts from: (n + 20 p) / (impressions + 20)."""
 
@@ -40,6 +43,10 @@ PRIOR_ACTIONS = 5
 IDLE_LIMIT_HOURS = 720.0
 COUNTED = ("click", "long_view", "like")
 COUNTS = {"impressions": "impressions", "clicks": "clicks", "long_views": "long views", "likes": "likes"}
+NO_TAG = -1
+NOTHING = -2
+"""What no author and no tag is, and NO_TAG neither."""
+
 HOUR_US = 3_600_000_000
 HOUR_MS = 3_600_000
 STAMPS = ("event_timestamp", "created_timestamp")
@@ -96,6 +103,8 @@ class Ragged:
     def of(lists: Sequence[Sequence[int]] | Sequence[np.ndarray]) -> Ragged:
         """From Python lists or arrays."""
         arrays = [np.asarray(values, np.int64) for values in lists]
+        if len(arrays) == 1:  # a request's user, hundreds of times a second
+            return Ragged(arrays[0], np.array([0, len(arrays[0])]))
         offsets = np.cumsum([0, *map(len, arrays)])
         return Ragged(np.concatenate([np.empty(0, np.int64), *arrays]), offsets)
 
@@ -110,7 +119,7 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        return self.offsets[1:] - self.offsets[:-1]
 
     @property
     def rows(self) -> np.ndarray:
@@ -119,10 +128,19 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> Ragged:
         """The lists of some rows, in their order."""
-        starts, lengths = self.offsets[rows], self.lengths[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
         index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
         return Ragged(self.values[index], offsets)
+
+    def padded(self, width: int, fill: int) -> np.ndarray:
+        """As a matrix [rows, width]: the first `width` values of each list, then `fill`."""
+        first = self.head(width)
+        matrix = np.full((len(self), width), fill)
+        matrix[np.arange(width) < first.lengths[:, None]] = first.values
+        return matrix
 
     def tail(self, length: int) -> Ragged:
         """The last `length` values of each list."""
@@ -208,7 +226,10 @@ VIEWS = (
             _lists("action_times", "when each of them was shown, ms since 1970"),
             _lists("action_kinds", "what was done: " + " + ".join(f"{bit} {label}" for label, bit in KINDS.items())),
             _lists("action_authors", f"each one's author; {UNKNOWN_AUTHOR} = not known"),
-            _lists("action_tags", f"each one's first {TAGS_PER_ACTION} tags, {TAGS_PER_ACTION} places each, -1 = none"),
+            _lists(
+                "action_tags",
+                f"each one's first {TAGS_PER_ACTION} tags, {TAGS_PER_ACTION} places each, {NO_TAG} = none",
+            ),
             _lists("hour_starts", "hours with impressions, as hours since 1970, in order", "7d"),
             _lists("hour_scenarios", "scenario of each of them: an hour stands once for each scenario", "7d"),
             *(_lists(f"hour_{name}", f"{text} in each of them", "7d") for name, text in COUNTS.items()),
@@ -273,31 +294,32 @@ def user_windows(columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
     starts = _ragged(columns, "hour_starts")
     row = starts.rows
     age = (time_ms // HOUR_MS)[row] - starts.values
-    # each hour goes to the smallest window that holds it; the larger ones are sums of those
-    smallest = np.searchsorted(np.array(list(WINDOWS.values())), age)
+    # each hour goes to the smallest window that holds it, or to none; the larger ones are sums of those
+    smallest = np.searchsorted(_LENGTHS, age)
     smallest[age < 0] = len(WINDOWS)  # of a clock ahead of the request's
-    inside = smallest < len(WINDOWS)
-    here = inside & (_ragged(columns, "hour_scenarios").values == scenario[row])
-    size = len(WINDOWS) * len(time_ms)
-    place = row * len(WINDOWS) + smallest
+    elsewhere = _ragged(columns, "hour_scenarios").values != scenario[row]
+    bins = (len(COUNTS), len(time_ms), len(WINDOWS) + 1)
+    counts = np.concatenate([_ragged(columns, f"hour_{name}").values for name in COUNTS])
+    of_count = (np.arange(len(COUNTS)) * len(time_ms))[:, None] + row
     found: dict[str, np.ndarray] = {}
-    for prefix, which in (("user", inside), ("user_scenario", here)):
-        for name in COUNTS:
-            values = _ragged(columns, f"hour_{name}").values[which]
-            # sums of integers far below 2**53: exact in floating point
-            total = np.bincount(place[which], values, minlength=size).astype(np.int64)
-            for window, counts in zip(WINDOWS, total.reshape(-1, len(WINDOWS)).cumsum(axis=1).T, strict=True):
-                found[f"{prefix}_{name}_{window}"] = counts
-    for prefix, prior in (("user", "everyone"), ("user_scenario", "scenario")):
-        for label in COUNTED:
-            found[f"{prefix}_{label}_rate_7d"] = _smoothed(
-                found[f"{prefix}_{label}s_7d"],
-                found[f"{prefix}_impressions_7d"],
-                _array(columns, f"{prior}_{label}_rate_7d").astype(np.float64),
-            ).astype(np.float32)
+    for prefix, prior, window in (
+        ("user", "everyone", smallest),
+        ("user_scenario", "scenario", np.where(elsewhere, len(WINDOWS), smallest)),
+    ):
+        place = of_count * (len(WINDOWS) + 1) + window
+        # sums of integers far below 2**53: exact in floating point
+        total = np.bincount(place.ravel(), counts, minlength=math.prod(bins)).astype(np.int64).reshape(bins)
+        total = total[:, :, :-1].cumsum(axis=2)
+        for of, name in zip(total, COUNTS, strict=True):
+            for sums, window_name in zip(of.T, WINDOWS, strict=True):
+                found[f"{prefix}_{name}_{window_name}"] = sums
+        priors = np.array([_array(columns, f"{prior}_{label}_rate_7d") for label in COUNTED], np.float64)
+        rates = _smoothed(total[1:, :, -1], total[0, :, -1], priors).astype(np.float32)
+        found |= {f"{prefix}_{label}_rate_7d": values for label, values in zip(COUNTED, rates, strict=True)}
     times = _ragged(columns, "action_times")
     last = np.full(len(time_ms), np.iinfo(np.int64).min // 2)
-    np.maximum.at(last, times.rows, times.values)
+    acted = times.lengths > 0
+    last[acted] = np.maximum.reduceat(times.values, times.offsets[:-1][acted])
     found["user_idle_hours"] = np.clip((time_ms - last) / HOUR_MS, 0, IDLE_LIMIT_HOURS).astype(np.float32)
     return found
 
@@ -316,23 +338,19 @@ def user_item_affinity(columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
 
     User columns have a row for each item, or one row for all.
     """
-    author = _array(columns, "author_id")
-    authors, tags = _ragged(columns, "action_authors"), _ragged(columns, "action_tags")
-    if len(authors) != len(author):
-        everyone = np.zeros(len(author), np.int64)
-        authors, tags = authors.take(everyone), tags.take(everyone)
-    row = authors.rows
-    own = np.full((len(author), TAGS_PER_ACTION), -2)  # unlike the -1 of no tag
-    first = _ragged(columns, "tags").head(TAGS_PER_ACTION)
-    own[np.arange(TAGS_PER_ACTION) < first.lengths[:, None]] = first.values
-    shared = (tags.values.reshape(-1, TAGS_PER_ACTION, 1) == own[row][:, None, :]).any(axis=(1, 2))
-    matched = {"author": authors.values == author[row], "tag": shared}
-    counts = {name: np.bincount(row[which], minlength=len(author)) for name, which in matched.items()}
-    among = authors.lengths + PRIOR_ACTIONS
+    actions = _ragged(columns, "action_authors")
+    width = int(actions.lengths.max(initial=0))
+    # rows of users broadcast to rows of items, actions beside them
+    same_author = actions.padded(width, NOTHING) == _array(columns, "author_id")[:, None]
+    tags = _ragged(columns, "action_tags").padded(width * TAGS_PER_ACTION, NO_TAG)
+    own = _ragged(columns, "tags").padded(TAGS_PER_ACTION, NOTHING)
+    shared = np.logical_or.reduce([tags == own[:, place, None] for place in range(TAGS_PER_ACTION)])
+    same_tag = np.logical_or.reduce([shared[:, place::TAGS_PER_ACTION] for place in range(TAGS_PER_ACTION)])
+    counts = {"author": same_author.sum(axis=1), "tag": same_tag.sum(axis=1)}
+    among = actions.lengths + PRIOR_ACTIONS
     return {
         **{f"{name}_actions": count for name, count in counts.items()},
-        "author_affinity": (counts["author"] / among).astype(np.float32),
-        "tag_affinity": (counts["tag"] / among).astype(np.float32),
+        **{f"{name}_affinity": (count / among).astype(np.float32) for name, count in counts.items()},
     }
 
 
@@ -449,7 +467,7 @@ def fill_missing(frame: pl.DataFrame, features: Sequence[Feature]) -> pl.DataFra
     )
 
 
-CHUNK_ROWS = 100_000
+CHUNK_ROWS = 50_000
 """Rows whose on-demand features are computed at once: some 200 MB for long lists of actions."""
 
 
@@ -772,7 +790,7 @@ def _with_attributes(actions: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame
     joined = actions.rename({"kinds": "kind"}).join(known, on="item", how="left", maintain_order="left")
     return joined.with_columns(
         pl.col("author").fill_null(UNKNOWN_AUTHOR),
-        *(pl.col(f"tag{place}").fill_null(-1) for place in range(TAGS_PER_ACTION)),
+        *(pl.col(f"tag{place}").fill_null(NO_TAG) for place in range(TAGS_PER_ACTION)),
     )
 
 
