@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kfp import dsl
 
+from components.replay import replay as component
+from components.tracking import log_run
+from feature_repo import configuration
 from feature_repo.online import Online, Request
 from feature_repo.replay import replay
-from feature_repo.store import refresh
+from feature_repo.store import open_store, refresh
 from penstock.features import log_end
 from penstock.feedback import FeedbackLog, append_feedback, new_request_id
 from penstock.replay import Compared, Replay
@@ -274,3 +278,50 @@ def test_requests_by_another_service_are_left_out(tmp_path: Path, home: Path, lo
     found = replayed(home, log, tmp_path / "scratch")
     assert (found.served.requests, found.served.share) == (1, 1.0)
     assert found.left_out == {"ranked by the features of another service": 1}
+
+
+def test_the_component_writes_the_page_and_adds_to_the_releases_run(
+    tmp_path: Path, home: Path, log: Path, visits: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    visits.recommend(3, [1, 2, 3])
+    visits.clock.pass_by(60 * MINUTE)
+    tracking = f"sqlite:///{tmp_path}/mlflow.db"
+    run_id = log_run(tracking, "a candidate", {}, {}, [])
+    manifest = home / "releases" / "1" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"run_id": run_id}))
+    # a store on a server is one home's: the tables of a replay are files whatever it is
+    monkeypatch.setenv("PENSTOCK_FEATURE_STORE", str(settings_of(home, tmp_path)))
+    out = dsl.Artifact(uri=str(tmp_path / "replayed"))
+    reached, sentence = component.python_func(
+        validated=dsl.Dataset(uri=str(log)),
+        home=str(home),
+        release=1,
+        newest=5000,
+        min_equal_share=0.9999,
+        tracking_uri=tracking,
+        replayed=out,
+    )
+    assert reached
+    assert sentence == (
+        "Online equals offline: 3 of 3 vectors of 1 logged requests and 12 of 12 vectors of 6 probed users are equal "
+        "bit for bit (100 %; goal 99.99 %)."
+    )
+    assert sentence in Path(out.path, "replay.html").read_text()
+    assert json.loads(Path(out.path, "replay.json").read_text())["share"] == 1.0
+    assert out.metadata["replay/equal_share"] == 1.0
+    client = MlflowClient(tracking)
+    assert client.get_run(run_id).data.metrics["replay/vectors"] == 3
+    assert {found.path for found in client.list_artifacts(run_id)} == {"replay.html", "replay.json"}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("tmp")] == []
+    source = open_store(home).get_feature_view("item_statistics").batch_source
+    assert source.path == str(home / "features" / "item_statistics.parquet")
+
+
+def settings_of(home: Path, folder: Path) -> Path:
+    """The stores that `home` has, by their paths: as a server's address, they are the same for every home."""
+    text = (Path(configuration.__file__).parent / "feature_store.yaml").read_text()
+    path = folder / "stores.yaml"
+    path.write_text(text.replace("${PENSTOCK_HOME}", str(home)))
+    return path
