@@ -1,4 +1,4 @@
-"""The main job, watched: a log → prepare → train → approval → release → live recommendations → feedback."""
+"""The main job, watched: a log → prepare → train → approval → replay → release → live recommendations → feedback."""
 
 from __future__ import annotations
 
@@ -244,10 +244,13 @@ class Demo:
     def release(self, airflow: Airflow, run_id: str) -> bool:
         """Follows a release and answers its approvals; whether it was promoted."""
         seen: dict[tuple[str, int], float] = {}
-        sent = False
+        sent = replayed = False
 
         def each(tasks: list[Task]) -> None:
-            nonlocal sent
+            nonlocal sent, replayed
+            if not replayed and any(task["task_id"] == "replay" and task["state"] == "success" for task in tasks):
+                replayed = True
+                self._say(f"  {airflow.xcom('release', run_id, 'replay')['sentence']}")
             for approval in airflow.approvals("release", run_id):
                 key = approval["task_instance"]["task_id"], approval["task_instance"]["try_number"]
                 asked = seen.setdefault(key, time.monotonic())
@@ -343,8 +346,15 @@ class Traffic:
     def send(self, count: int) -> str:
         """The next `count` visits of the day: a slate each, and what the user did with it. Returns a sentence."""
         began = time.monotonic()
-        with httpx.Client(base_url=self._url, timeout=60) as client, ThreadPoolExecutor(4) as pool:
-            outcomes = list(pool.map(lambda visit: self._visit(client, *visit), islice(self._visits, count)))
+        lanes: list[list[tuple[int, int, int, int]]] = [[] for _ in range(4)]
+        for visit in islice(self._visits, count):
+            lanes[visit[0] % len(lanes)].append(visit)  # a user makes one visit after the other
+
+        def follow(lane: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
+            return [self._visit(client, *visit) for visit in lane]
+
+        with httpx.Client(base_url=self._url, timeout=60) as client, ThreadPoolExecutor(len(lanes)) as pool:
+            outcomes = [outcome for lane in pool.map(follow, lanes) for outcome in lane]
         shown = sum(shown for shown, _ in outcomes)
         clicks = sum(clicks for _, clicks in outcomes)
         took = time.monotonic() - began
