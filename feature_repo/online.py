@@ -20,7 +20,7 @@ from feature_repo.configuration import StoreError, addresses, reaching
 from feature_repo.materialised import IN_MEMORY, Materialised, ServingTable, path_of, read_materialised, table_path
 from feature_repo.on_demand import as_column
 from feature_repo.online_store import PackedOnlineStore
-from feature_repo.store import EPOCH, check_service, open_store, quiet
+from feature_repo.store import EPOCH, check_service, open_store
 from penstock.activity import Activity
 from penstock.features import SERVICES, STAMPS, VIEWS, Column, OnDemand, Ragged, View, on_demand_of, views_of
 
@@ -64,8 +64,12 @@ class Online:
         self._pushing = threading.Lock()
         for service in SERVICES:
             check_service(self._store, service)
-        with quiet(), reaching(self._store.config):
+        with reaching(self._store.config):
             self._views = {view.name: self._store.get_feature_view(view.name) for view in VIEWS}
+        source = f"{ACTIVITY.name}_push"
+        self._pushed = [
+            name for name, view in self._views.items() if view.stream_source and view.stream_source.name == source
+        ]
         self._switching = threading.Lock()
         self._seen: tuple[int, int] | None = None
         self._current: tuple[Materialised, dict[str, ServingTable]] = (Materialised(0, 0, 0), {})
@@ -134,8 +138,11 @@ class Online:
         if frame.empty:
             return
         try:
-            with self._pushing, quiet():
-                self._pushes.push(f"{ACTIVITY.name}_push", frame)
+            # Feast's push, without its look through the registry for services that are computed ahead: there are none,
+            # and it takes three times as long as the rest
+            with self._pushing:
+                for name in self._pushed:
+                    self._pushes.write_to_online_store(name, frame)
         except Exception as error:
             raise _away(self._pushes, error) from error
 

@@ -38,13 +38,14 @@ from penstock.features import (
     with_on_demand,
 )
 from penstock.feedback import read_sequence
+from penstock.point_in_time import rows_since
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Feast's progress bars, colours and warnings off the screen."""
+    """Keeps Feast's progress bars, colours and warnings off the screen; not for threads, which share it."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -58,7 +59,7 @@ def open_store(home: Path) -> FeatureStore:
     """Feast's own store on HOME, as the configuration describes it."""
     (home / "feast").mkdir(parents=True, exist_ok=True)
     configuration = read_configuration(home)
-    with quiet(), reaching(configuration):
+    with reaching(configuration):
         return FeatureStore(config=configuration)
 
 
@@ -79,7 +80,7 @@ def apply(home: Path) -> None:
 
 
 def refresh(home: Path, log: Path, out: Path) -> dict[str, dict[str, Any]]:
-    """A log → offline tables → registry → online store → HOME/features/materialised.json, one process at a time.
+    """A log → registry → offline tables → online store → HOME/features/materialised.json, one process at a time.
 
     Everything is written again, the file that serving obeys last: a run that was killed is mended by the next. Of each
     view, online holds the newest row of each entity at or before the log's end; out/tables.json says what there is.
@@ -92,18 +93,18 @@ def refresh(home: Path, log: Path, out: Path) -> dict[str, dict[str, Any]]:
         tables, cutoff = feature_tables(log), log_end(log)
         done(sum(table.height for table in tables.values()))
     at = EPOCH + timedelta(microseconds=cutoff)
+    apply(home)
     with locked(home, fcntl.LOCK_EX):
         tables = {name: with_tombstones(table, view(name), home, at) for name, table in tables.items()}
+        newest = {name: newest_rows(table, view(name), at) for name, table in tables.items()}
         with _step("offline tables") as done:
             write_tables(home, tables)
             done(sum(table.height for table in tables.values()))
-        apply(home)
-        newest = {name: newest_rows(table, view(name), at) for name, table in tables.items()}
         with _step("online store") as done:
             write_online(home, newest, at)
+            version = read_materialised(home).version + 1
+            write_materialised(home, Materialised(version, cutoff, read_sequence(log)), newest)
             done(sum(rows.height for rows in newest.values()))
-        version = read_materialised(home).version + 1
-        write_materialised(home, Materialised(version, cutoff, read_sequence(log)), newest)
     found = {
         name: {
             "rows": table.height,
@@ -181,15 +182,11 @@ def write_tables(home: Path, tables: Mapping[str, pl.DataFrame]) -> None:
 
 
 def newest_rows(table: pl.DataFrame, definition: View, at: datetime) -> pl.DataFrame:
-    """The last row of each entity at or before a time, by entity; `table` is sorted by event_timestamp within each."""
-    rows = (
-        table.select(definition.key, "event_timestamp")
-        .with_row_index("row")
-        .filter(pl.col("event_timestamp") <= at)
-        .unique(definition.key, keep="last", maintain_order=True)
-        .sort(definition.key)["row"]
-    )
-    return table[rows]
+    """The row of each entity that is in force at a time."""
+    event, created = STAMPS
+    return table[
+        rows_since(table, keys=[definition.key], event_time=event, created_time=created, since=EPOCH, until=at)
+    ]
 
 
 def write_online(home: Path, newest: Mapping[str, pl.DataFrame], at: datetime) -> None:
@@ -257,7 +254,7 @@ def check_service(store: FeatureStore, name: str) -> None:
     if name not in SERVICES:
         raise StoreError(f"unknown feature service {name!r}: there are {', '.join(SERVICES)}")
     try:
-        with quiet(), reaching(store.config):
+        with reaching(store.config):
             store.get_feature_service(name)
     except FeatureServiceNotFoundException as error:
         where = addresses(store.config)["registry"]
