@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | up | down | test | check
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -21,7 +21,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status test check features-doc lock clean
+.PHONY: setup servers demo up down status mend test check features-doc lock clean
 
 setup: $(READY)
 
@@ -61,6 +61,10 @@ down: $(READY)
 
 status: $(READY)
 	@$(BIN)/python -m local status
+
+# Corrected rows of a quarantine go back into the next log.
+mend: $(READY)
+	@$(if $(FILE),$(BIN)/python -m local mend "$(FILE)",echo "Say which: make mend FILE=path/to/quarantine"; exit 1)
 
 test: $(READY) servers
 	@$(BIN)/python -m pytest

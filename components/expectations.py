@@ -86,10 +86,11 @@ class Validator:
         rules = self.rules[table.name]
         self._run(f"{table.name}, the table", [rule for rule in rules if not rule.on_rows], rows[list(table.schema)])
         reasons: dict[int, dict[str, str]] = {}
-        for rule, bad in self._run(f"{table.name}, its rows", [rule for rule in rules if rule.on_rows], rows):
+        on_rows = self._run(f"{table.name}, its rows", [rule for rule in rules if rule.on_rows], rows)
+        # which of several rows with one key stays depends on what else is wrong with them
+        for rule, bad in sorted(on_rows, key=lambda broken: broken[0].name.endswith(".unique")):
             if rule.name.endswith(".unique"):
-                again = ~frame[rule.column].is_first_distinct()
-                bad = [row for row in bad if again[row]]  # the first of several stays
+                bad = _all_but_one(frame[rule.column], bad, reasons)
             if bad:
                 self.broken[rule.name] = len(bad)
             for row in bad:
@@ -138,6 +139,16 @@ class Validator:
             if not outcome.success and not found[place]:
                 raise LogError(f"{name}: {rules[place].column} {rules[place].says}; see {rules[place].name}")
         return [(rule, sorted(found[place])) for place, rule in enumerate(rules)]
+
+
+def _all_but_one(values: pl.Series, rows: Sequence[int], worse: Mapping[int, Any]) -> list[int]:
+    """Of `rows`, which share their values with others, all but the first of each value that is not among `worse`."""
+    stays: dict[Any, int] = {}
+    for row in rows:
+        value = values[row]
+        if value not in stays or (stays[value] in worse and row not in worse):
+            stays[value] = row
+    return [row for row in rows if stays[values[row]] != row]
 
 
 def read_log(log: Path) -> dict[str, pl.DataFrame]:

@@ -1,13 +1,17 @@
-"""`python -m local up | down | status | demo`: the whole system on one machine."""
+"""`python -m local up | down | status | demo | mend`: the whole system on one machine."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from local import supervisor
 from local.place import LocalError, Place
+
+MOST_TOLD = 20
+"""So many rows that are still bad are named; their file has them all."""
 
 
 def status(place: Place) -> int:
@@ -22,6 +26,35 @@ def status(place: Place) -> int:
     return int(found["state"] != "ready")
 
 
+def mend(place: Place, file: Path) -> int:
+    """Takes corrected rows of a quarantine back and says what became of each; 0 if none is still bad."""
+    print("loading Great Expectations", flush=True)
+    from components.mend import mend
+    from penstock.events import TABLES, LogError
+
+    try:
+        done = mend(file, place.home)
+    except LogError as error:
+        raise LocalError(str(error)) from error
+    if done.kept_in:
+        counts = ", ".join(f"{count:,} of {name}" for name, count in done.taken.items())
+        print(f"{_rows(sum(done.taken.values()))} came back ({counts}): the next run of prepare has them")
+        print(f"kept in {done.kept_in}")
+    if done.left_in is None:
+        return 0
+    keys = {table.name: table.key for table in TABLES}
+    print(f"{_rows(done.refused.height, 'are', 'is')} still bad and left in {done.left_in}")
+    for row in done.refused.head(MOST_TOLD).to_dicts():
+        print(f"  {row['table']}, {keys[row['table']]} {row[keys[row['table']]]}: {row['reason']}")
+    if done.refused.height > MOST_TOLD:
+        print(f"  … and {done.refused.height - MOST_TOLD:,} more")
+    return 1
+
+
+def _rows(count: int, several: str = "", one: str = "") -> str:
+    return f"{count:,} {'row' if count == 1 else 'rows'} {one if count == 1 else several}".rstrip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -33,6 +66,8 @@ def main() -> int:
     demo.add_argument("--data", default="", help="a log or a data set; by default the simulator")
     demo.add_argument("--keep", type=int, choices=(0, 1), default=1, help="0: stop everything at the end")
     demo.add_argument("--options", type=json.loads, default={}, help="settings of the simulator, as JSON")
+    back = commands.add_parser("mend", help="bring corrected rows of a quarantine back into the log")
+    back.add_argument("file", type=Path, help="a quarantine file, or a copy of it, in which a person corrected values")
     arguments = parser.parse_args()
     try:
         place = Place.from_environment(data=arguments.data if arguments.command == "demo" else None)
@@ -47,6 +82,8 @@ def main() -> int:
             supervisor.start(place, print)
             print("\n".join(place.addresses()))
             return 0
+        if arguments.command == "mend":
+            return mend(place, arguments.file)
         from local.demo import run
 
         return run(place, arguments.data, keep=bool(arguments.keep), options=arguments.options)
