@@ -64,13 +64,16 @@ def _compared(found: Replay) -> str:
         else f"There was no probe: {found.no_probe}."
     )
     pushed = found.behind
-    late = (
-        f"Of {pushed.requests:,} requests whose pushed features differ, {pushed.earlier:,} were served what the user "
-        f"had done up to {pushed.seconds:.1f} s before: the push was still on its way."
-        if pushed.requests
-        else ""
-    )
-    about = [["Service", found.service], ["Log", found.log], ["Its end", found.log_end]]
+    late = ""
+    if pushed.requests:
+        late = f"Pushed features differ in {pushed.requests:,} requests. "
+        late += (
+            f"{pushed.earlier:,} of them were served what the user had done up to {pushed.seconds:.1f} s before: a push "
+            "was still on its way."
+            if pushed.earlier
+            else "None of them was served an earlier state of its user: it was no push on its way."
+        )
+    about = [["Service", found.service], ["Log", found.log], ["Its end", page.value(found.log_end)]]
     return (
         f"<p>{page.text(said)}</p>"
         + page.table(["Logged requests", "Number"], rows)
