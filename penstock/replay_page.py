@@ -68,8 +68,8 @@ def _compared(found: Replay) -> str:
     if pushed.requests:
         late = f"Pushed features differ in {pushed.requests:,} requests. "
         late += (
-            f"{pushed.earlier:,} of them were served what the user had done up to {pushed.seconds:.1f} s before: a push "
-            "was still on its way."
+            f"{pushed.earlier:,} of them were served what the user had done up to {pushed.seconds:.1f} s before: a "
+            "push was still on its way."
             if pushed.earlier
             else "None of them was served an earlier state of its user: it was no push on its way."
         )
