@@ -389,7 +389,8 @@ class PackedOnlineStore(OnlineStore):
     def _write(
         self, config: RepoConfig, tables: Iterable[tuple[FeatureView, Iterable[_Part]]], *, replace: bool
     ) -> None:
-        connection = self._open(config, create=True)
+        # rows that are pushed to a database that is away belong in that one
+        connection = self._open(config, create=replace)
         with connection.transaction():
             for view, parts in tables:
                 name = _table(config, view)
@@ -496,8 +497,8 @@ def _key(view: FeatureView, entity: EntityKey, config: RepoConfig) -> Key:
         packed: bytes = serialize_entity_key(entity, config.entity_key_serialization_version)
         return packed
     (value,) = entity.entity_values
-    if value.WhichOneof("val") != "int64_val":
-        raise ValueError(f"the key {entity.join_keys[0]} of {view.name} must be an integer and is {value or 'null'}")
+    if (given := value.WhichOneof("val")) != "int64_val":
+        raise ValueError(f"the key {entity.join_keys[0]} of {view.name} must be an integer and is {given or 'null'}")
     key: int = value.int64_val
     return key
 

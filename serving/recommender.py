@@ -152,8 +152,9 @@ class Recommender:
         """
         current = self._current()
         for number in current.answering:
+            service = self._service(number)
             with _reading():
-                self.online().user(0, self._service(number, "rank"), Request(0, 0, 0))
+                self.online().user(0, service, Request(0, 0, 0))
             for model in MODELS:
                 try:
                     loaded = self._models.ready(model, number)
@@ -190,16 +191,20 @@ class Recommender:
                 raise UnavailableError(str(error), "restore it, or roll back to the former release") from error
         return self._manifests[number]
 
-    def _service(self, number: int, model: str) -> str:
-        """The feature service of a model of a release."""
-        name: str = self._manifest(number)["feature_services"][model]
-        if name not in SERVICES:
-            raise UnavailableError(
-                f"{model} of release {number} reads the feature service {name}, which there is no more: there are "
-                + ", ".join(SERVICES),
-                "train a candidate and approve its release",
-            )
-        return name
+    def _service(self, number: int) -> str:
+        """The feature service that answers of a release are made of: the rank model's, which has all of recall's.
+
+        One reading for both models: both see the same of the user.
+        """
+        services = self._manifest(number)["feature_services"]
+        for model, service in services.items():
+            if service not in SERVICES:
+                raise UnavailableError(
+                    f"{model} of release {number} reads the feature service {service}, which there is no more: there"
+                    f" are {', '.join(SERVICES)}",
+                    "train a candidate and approve its release",
+                )
+        return str(services["rank"])
 
     def online(self) -> Online:
         """The feature store, opened once.
@@ -213,42 +218,46 @@ class Recommender:
         return self._online
 
     def _recommend(self, current: Routing, user_id: int, k: int, request: Request) -> Slate:
+        variant = routing.variant(current, user_id)
+        number = current.release(variant)
+        assert number is not None  # a variant is only drawn for a release there is
+        service = self._service(number)
         while True:
             with _reading():
                 before = self.online().materialised()
-            slate = self._slate(current, user_id, k, request, before.cutoff_us)
+            slate = self._slate(number, variant, service, user_id, k, request, before.cutoff_us)
             with _reading():
                 if self.online().materialised() == before:  # else its features are of two
                     return slate
 
-    def _slate(self, current: Routing, user_id: int, k: int, request: Request, features_us: int) -> Slate:
-        variant = routing.variant(current, user_id)
-        number = current.release(variant)
-        assert number is not None  # a variant is only drawn for a release there is
+    def _slate(
+        self,
+        number: int,
+        variant: Variant,
+        service: str,
+        user_id: int,
+        k: int,
+        request: Request,
+        features_us: int,
+    ) -> Slate:
         manifest = self._manifest(number)
-        recall, rank = (self._service(number, model) for model in MODELS)
         asked = {"user_id": np.array([user_id]), **request.columns()}
-
         with _reading():
-            user = self.online().user(user_id, rank, request)
-            # one reading of the user for both models, so that both see the same
-            if not set(SERVICES[recall]) <= set(SERVICES[rank]):
-                user = self.online().user(user_id, recall, request) | user
-        history = user["history_items"]
+            user = self.online().user(user_id, service, request)
         columns: Columns = {
             **user,
             **asked,
             "k": np.array(max(self._settings.candidates, k), np.int32),
-            "exclude": history,
+            "exclude": user["history_items"],
         }
         found = self._predict("recall", number, columns, 1)["ids"][0]
         ids = found[found >= 0]
         cold_start = not any(_says_anything(user[name]) for name in KNOWN_OF_USER if name in user)
         if not len(ids):
-            return Slate(number, variant, cold_start, Vectors(rank, features_us, user, {}))
+            return Slate(number, variant, cold_start, Vectors(service, features_us, user, {}))
 
         with _reading():
-            items = self.online().items(ids, rank, user, request)
+            items = self.online().items(ids, service, user, request)
         heads = self._predict("rank", number, {**user, **asked, **items, "item_id": ids}, len(ids))
         heads = {name: np.asarray(heads[name], np.float64) for name in manifest["heads"]}
         scores = fuse(heads, manifest["weights"])
@@ -262,7 +271,7 @@ class Recommender:
             release=number,
             variant=variant,
             cold_start=cold_start,
-            vectors=Vectors(rank, features_us, user, of_best),
+            vectors=Vectors(service, features_us, user, of_best),
             items=tuple(ids[best].tolist()),
             scores=tuple(scores[best].tolist()),
             heads=tuple({name: float(values[place]) for name, values in heads.items()} for place in best),

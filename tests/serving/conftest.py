@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -170,7 +171,7 @@ class System:
 
     @property
     def settings(self) -> Settings:
-        return Settings(home=self.home, model_server=self.address)
+        return Settings(home=self.home, model_server=self.address, served_share=1.0)
 
     def load(self, numbers: tuple[int, ...]) -> None:
         """Has the model server serve just these releases."""
@@ -233,3 +234,9 @@ def gateway(system: System) -> Iterator[httpx.Client]:
 def lines(home: Path) -> list[str]:
     """What the gateway's log holds."""
     return [line for path in sorted((home / "feedback").glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits for it; the test's own time limit ends that."""
+    while not holds():
+        time.sleep(0.01)

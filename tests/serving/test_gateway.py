@@ -1,22 +1,34 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
+import polars as pl
 import pytest
 
+from feature_repo.online import Online, Request
 from penstock import release, routing
+from penstock.features import Ragged
 from penstock.feedback import FeedbackError, read_feedback
 from penstock.routing import Routing
+from penstock.served import FEATURES, read_served
 from serving import rollout
 from serving.gateway import create_app, main
+from serving.settings import ROOT
+from tests.servers import free_port
 from tests.serving.conftest import (
     CATALOGUE,
+    END_MS,
     HISTORY,
     ITEMS,
     KNOWN_USER,
@@ -25,6 +37,7 @@ from tests.serving.conftest import (
     click_rate,
     lines,
     serving,
+    until,
 )
 
 HOUR_MS = 3_600_000
@@ -59,25 +72,141 @@ def test_an_unknown_user_gets_a_cold_start(gateway: httpx.Client) -> None:
     assert len(answer["items"]) == ITEMS
 
 
-def test_impressions_and_feedback_become_rows_of_the_log(system: System, gateway: httpx.Client) -> None:
-    time_ms = UPLOADED_MS + HOUR_MS
-    answer = ask(gateway, k=3, context={"scenario": 4, "device": 5, "time_ms": time_ms})
-    second = answer["items"][1]["item_id"]
-    body = {"request_id": answer["request_id"], "events": [{"item_id": second, "click": 1, "watch_time_ms": 900}]}
+def tell(gateway: httpx.Client, answer: dict[str, Any], place: int, **labels: int) -> int:
+    """Says what was done with an item of a slate; which item it is."""
+    item = answer["items"][place]["item_id"]
+    body = {"request_id": answer["request_id"], "events": [{"item_id": item, **labels}]}
     assert gateway.post("/feedback", json=body).json() == {"accepted": 1}
+    return item
+
+
+def test_impressions_and_feedback_become_rows_of_the_log(system: System, gateway: httpx.Client) -> None:
+    time_ms = END_MS + HOUR_MS
+    answer = ask(gateway, k=3, context={"scenario": 4, "device": 5, "time_ms": time_ms})
+    tell(gateway, answer, 1, click=1, watch_time_ms=900)
     rows = read_feedback(system.home / "feedback").filter(request_id=answer["request_id"])
     assert rows["item_id"].to_list() == [item["item_id"] for item in answer["items"]]
     assert rows["position"].to_list() == [0, 1, 2]
     assert rows["click"].to_list() == [0, 1, 0]
     assert rows["watch_time_ms"].to_list() == [0, 900, 0]
     assert rows["event_time"].dt.epoch("ms").to_list() == [time_ms] * 3
+    assert rows["features_time"].dt.epoch("ms").to_list() == [END_MS] * 3
+    assert [time is not None for time in rows["outcome_time"]] == [False, True, False]
     assert rows.select("user_id", "scenario", "device", "release", "variant").row(0) == (7, 4, 5, 1, "champion")
 
 
+def test_feedback_changes_the_next_answer(system: System, gateway: httpx.Client) -> None:
+    user = 2**53 - 5
+    context = {"scenario": 3, "time_ms": END_MS + HOUR_MS}
+    first = ask(gateway, user=user, k=5, context=context)
+    assert first["cold_start"]
+    seen = [tell(gateway, first, 0, click=1, long_view=1), tell(gateway, first, 3, long_view=1)]
+    tell(gateway, first, 0, click=1, like=1)  # what was told before counts once
+    second = ask(gateway, user=user, k=100, context={**context, "time_ms": END_MS + HOUR_MS + 1})
+    assert not second["cold_start"]
+    assert {item["item_id"] for item in second["items"]} == {CATALOGUE + n for n in range(ITEMS)} - set(seen)
+
+    requests, items = read_served(system.home / "feedback" / "served")
+    row = requests.row(by_predicate=pl.col("request_id") == second["request_id"], named=True)
+    assert sorted(row["history_items"]) == sorted(seen)
+    assert row["user_scenario_impressions_1h"] == row["user_impressions_7d"] == 5
+    assert [row[f"user_{name}_1h"] for name in ("clicks", "long_views", "likes")] == [1, 2, 1]
+    assert (row["scenario"], row["release"], row["service"]) == (3, 1, "rank_v2")
+    of_slate = items.filter(request_id=second["request_id"])
+    assert of_slate["item_id"].to_list() == [item["item_id"] for item in second["items"]]
+    assert of_slate["item_click_rate_7d"].to_list() == [item["heads"]["long_view"] for item in second["items"]]
+
+
+def test_what_was_served_is_what_the_store_gave(system: System, gateway: httpx.Client) -> None:
+    time_ms = END_MS + 5 * HOUR_MS
+    request = Request(time_ms, 0, 2)
+    before = Online(system.home).user(KNOWN_USER, "rank_v2", request)
+    answer = ask(gateway, k=7, context={"device": 2, "time_ms": time_ms})
+    requests, items = (
+        part.filter(request_id=answer["request_id"]) for part in read_served(system.home / "feedback" / "served")
+    )
+    ids = [item["item_id"] for item in answer["items"]]
+    given = Online(system.home).items(ids, "rank_v2", before, request)
+    for frame, columns in ((requests, before), (items, given)):
+        assert set(columns) <= set(frame.columns)
+        for name, column in columns.items():
+            values = [row.tolist() for row in column.lists()] if isinstance(column, Ragged) else column.tolist()
+            assert frame[name].to_list() == values, name
+    assert set(before) | set(given) == set(FEATURES)
+
+
+def test_vectors_are_kept_of_the_share_that_is_asked_for(system: System) -> None:
+    for share, kept in ((0.0, 0), (1.0, 1)):
+        with serving(create_app(replace(system.settings, served_share=share))) as gateway:
+            answer = ask(gateway, k=2)
+        assert (
+            read_served(system.home / "feedback" / "served")[0].filter(request_id=answer["request_id"]).height == kept
+        )
+
+
 def test_a_preview_is_no_impression(system: System, gateway: httpx.Client) -> None:
-    before = lines(system.home)
+    before = lines(system.home), read_served(system.home / "feedback" / "served")[0].height
     ask(gateway, preview=True)
-    assert lines(system.home) == before
+    assert (lines(system.home), read_served(system.home / "feedback" / "served")[0].height) == before
+
+
+def test_a_request_of_an_earlier_time_is_answered(gateway: httpx.Client) -> None:
+    """What is known of hours ahead of it is not counted."""
+    user = 2**53 - 6
+    for hours in (9, 0):
+        answer = ask(gateway, user=user, k=2, context={"time_ms": END_MS + hours * HOUR_MS})
+        tell(gateway, answer, 0, click=1)
+    assert len(ask(gateway, user=user, k=3, context={"time_ms": 0}, preview=True)["items"]) == 3
+
+
+def test_while_the_store_is_away_feedback_is_kept(system: System, gateway: httpx.Client) -> None:
+    user = 2**53 - 7
+    first = ask(gateway, user=user, k=2)
+    database = system.home / "feast" / "packed.db"
+    database.rename(database.with_name("elsewhere"))
+    try:
+        seen = tell(gateway, first, 0, long_view=1)
+        until(lambda: gateway.get("/status").json()["reason"] is not None)
+        told = gateway.get("/status").json()
+        assert told["waiting"] >= 1
+        assert told["away_since_ms"] > END_MS
+        assert "packed.db" in failed(gateway)["error"]
+    finally:
+        database.with_name("elsewhere").rename(database)
+    until(lambda: gateway.get("/status").json()["waiting"] == 0)
+    assert gateway.get("/status").json()["reason"] is None
+    answer = ask(gateway, user=user, k=100, preview=True)
+    assert seen not in {item["item_id"] for item in answer["items"]}
+    assert not answer["cold_start"]
+
+
+def is_up(gateway: httpx.Client) -> bool:
+    with suppress(httpx.ConnectError):
+        return gateway.get("/health").is_success
+    return False
+
+
+def test_a_killed_gateway_loses_nothing_that_it_answered(system: System) -> None:
+    user = 2**53 - 8
+    database = system.home / "feast" / "packed.db"
+    command = [sys.executable, "-m", "serving.gateway", "--home", str(system.home), "--port", str(free_port())]
+    process = subprocess.Popen([*command, "--model-server", system.address], cwd=ROOT)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{command[-1]}", timeout=60) as gateway:
+            until(lambda: process.poll() is not None or is_up(gateway))
+            answer = ask(gateway, user=user, k=3)
+            database.rename(database.with_name("elsewhere"))
+            seen = [tell(gateway, answer, place, long_view=1) for place in (0, 2)]
+    finally:
+        process.kill()
+        process.wait()
+        if not database.exists():
+            database.with_name("elsewhere").rename(database)
+    assert Online(system.home).activity([user])[user].history == []
+    with serving(create_app(system.settings)) as gateway:
+        until(lambda: gateway.get("/status").json()["waiting"] == 0)
+        shown = {item["item_id"] for item in ask(gateway, user=user, k=100, preview=True)["items"]}
+    assert not shown & set(seen)
 
 
 def test_users_are_split_as_the_document_says(system: System, gateway: httpx.Client) -> None:
@@ -255,6 +384,19 @@ def test_a_release_that_is_not_loaded_is_named(system: System, gateway: httpx.Cl
 def test_a_release_that_is_not_there_is_named(system: System, gateway: httpx.Client) -> None:
     routing.write(system.home / "routing.json", Routing(champion=9))
     assert failed(gateway)["error"] == "there is no release 9; there are: 1, 2, 3"
+
+
+def test_a_release_of_features_that_there_are_no_more_says_what_to_do(system: System, tmp_path: Path) -> None:
+    shutil.copytree(release.directory(system.home, 1), release.directory(tmp_path, 1))
+    path = release.directory(tmp_path, 1) / release.MANIFEST
+    path.write_text(path.read_text().replace("recall_v2", "recall_v1"))
+    routing.write(tmp_path / "routing.json", Routing(champion=1))
+    with serving(create_app(replace(system.settings, home=tmp_path))) as gateway:
+        assert failed(gateway) == {
+            "error": "recall of release 1 reads the feature service recall_v1, which there is no more: there are"
+            " recall_v2, rank_v2",
+            "remedy": "train a candidate and approve its release",
+        }
 
 
 def test_scores_that_are_not_finite_are_not_answered(system: System, gateway: httpx.Client) -> None:

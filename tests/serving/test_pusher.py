@@ -6,7 +6,7 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,13 @@ from feature_repo.store import refresh
 from penstock.features import feature_tables, view
 from penstock.feedback import FeedbackLog, append_feedback, new_request_id
 from serving.pusher import Pusher, Slates, Step
-from tests.serving.conftest import END_MS
+from tests.serving.conftest import END_MS, until
 from tests.small_log import HOUR, START, an_event, write_log
 
 MINUTE_MS = 60_000
 HOUR_MS = 3_600_000
 ACTIVITY = [feature.name for feature in view("user_activity").features if feature.name != "feedback_sequence"]
 LABELS = ("click", "long_view", "like", "profile_enter")
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Waits for it; the test's own time limit ends it."""
-    while not holds():
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
