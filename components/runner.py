@@ -182,14 +182,14 @@ def _work(out: Path) -> Path:
 
 def _keep_failed(out: Path) -> Path | None:
     """Puts the artifacts of a try that failed where the next one does not clear them away; None if there are none."""
-    made = list(_work(out).glob("kfp/*/*/*"))
-    if not made:
-        return None
-    tries = (out.with_name(f"{out.name}.failed-{number}") for number in itertools.count(1))
-    left = next(folder for folder in tries if not folder.exists())
-    left.mkdir()
-    for path in made:
-        path.rename(left / path.name)
+    left = None
+    if made := list(_work(out).glob("kfp/*/*/*")):
+        tries = (out.with_name(f"{out.name}.failed-{number}") for number in itertools.count(1))
+        left = next(folder for folder in tries if not folder.exists())
+        left.mkdir()
+        for path in made:
+            path.rename(left / path.name)
+    shutil.rmtree(_work(out), ignore_errors=True)
     return left
 
 

@@ -96,6 +96,10 @@ class Airflow:
         path = f"/dags/{dag}/dagRuns/{run_id}/taskInstances/{task}/xcomEntries/return_value"
         return self._call("GET", path, params={"deserialize": False, "stringify": False})["value"]
 
+    def links(self, dag: str, run_id: str, task: str) -> dict[str, str | None]:
+        """The addresses behind the buttons of a task, by name."""
+        return self._call("GET", f"/dags/{dag}/dagRuns/{run_id}/taskInstances/{task}/links")["extra_links"]
+
     def error(self, dag: str, run_id: str, task: dict[str, Any]) -> str:
         """The last error in the log of a task instance, in its own words."""
         path = f"/dags/{dag}/dagRuns/{run_id}/taskInstances/{task['task_id']}/logs/{task['try_number']}"

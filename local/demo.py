@@ -170,6 +170,7 @@ class Demo:
         self._console.rule(f"prepare: the log of {self._source.name}", align="left")
         airflow.trigger("prepare", run_id, {"source": self._source.name, "options": self._source.options})
         self.follow(airflow, "prepare", run_id)
+        self._say(f"  Data Docs: {airflow.links('prepare', run_id, 'validate')['Data Docs']}")
         examples = Path(airflow.xcom("prepare", run_id, "examples")["artifacts"]["examples"]["uri"])
 
         self._console.rule("train: recall, rank, weights, gate, report", align="left")

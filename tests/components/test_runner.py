@@ -77,6 +77,7 @@ def test_what_a_failed_try_had_made_is_kept_and_told(tmp_path: Path, arguments: 
         with pytest.raises(StageError, match=f"ValueError: only half is done; what it made lies in {left}$"):
             run_stage(STAGE, arguments | {"fail": "late"}, out)
         assert [path.name for path in (left / "doubled").iterdir()] == ["half"]
+        assert not out.with_name(".doubling.part").exists()
     assert run_stage(STAGE, arguments, out)["parameters"] == {"rows": 3}
     assert sorted(path.name for path in out.parent.iterdir()) == ["doubling", "doubling.failed-1", "doubling.failed-2"]
 

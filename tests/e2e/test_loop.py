@@ -135,6 +135,24 @@ def test_mlflow_knows_run_and_champion(place: Place, told: str) -> None:
     assert {tag["key"]: tag["value"] for tag in version["tags"]}["release"] == "1"
 
 
+def test_the_data_docs_are_linked_from_airflow_and_kept_in_mlflow(airflow: Airflow, place: Place, told: str) -> None:
+    run = next(run["dag_run_id"] for run in airflow.runs("prepare"))
+    link = airflow.links("prepare", run, "validate")["Data Docs"]
+    assert link
+    assert link in told
+    mlflow_run = airflow.xcom("prepare", run, "validate")["parameters"]["run_id"]
+    assert link.startswith(place.url("mlflow"))
+    assert f"/runs/{mlflow_run}/artifacts/data_docs.html" in link
+    query = {"path": "data_docs.html", "run_uuid": mlflow_run}
+    page = httpx.get(f"{place.url('mlflow')}/get-artifact", params=query, timeout=30).text
+    assert "The log keeps the rules." in page
+    # and the candidate says which log it was trained on
+    manifest = json.loads((place.home / "releases" / "1" / "manifest.json").read_text())
+    query = {"run_id": manifest["run_id"]}
+    candidate = httpx.get(f"{place.url('mlflow')}/api/2.0/mlflow/runs/get", params=query, timeout=30).json()["run"]
+    assert {"key": "validation", "value": mlflow_run} in candidate["data"]["tags"]
+
+
 def test_an_unknown_model_fails_the_first_task_with_the_known_names(airflow: Airflow, told: str) -> None:
     airflow.trigger("train", "unknown-model", {"rank_models": ["oracle"]})
     error = failure(airflow, "train", "unknown-model")
