@@ -170,6 +170,7 @@ class Place:
             **({"PENSTOCK_FEATURE_STORE": self.feature_store} if self.feature_store else {}),
             # what the feast command and FeatureStore(repo_path=…) read
             **({"FEAST_FS_YAML_FILE_PATH": self.feature_store} if self.feature_store else {}),
+            "PENSTOCK_SERVED_SHARE": "1",  # of so few requests the replay gets all
             "PYTHONPATH": str(ROOT),
             "MLFLOW_TRACKING_URI": self.url("mlflow"),
             "MLFLOW_DISABLE_TELEMETRY": "true",
