@@ -10,6 +10,7 @@ from string import Template
 
 import yaml
 from feast import RepoConfig
+from feast.infra.utils.postgres.postgres_config import PostgreSQLConfig
 from sqlalchemy.engine import make_url
 
 HERE = Path(__file__).resolve().parent
@@ -48,7 +49,7 @@ def addresses(configuration: RepoConfig) -> dict[str, str]:
         found["registry"] = f"postgresql at {url.host}:{url.port}/{url.database}"
     for role in ("offline_store", "online_store"):
         settings = getattr(configuration, role)
-        if settings.type == "postgres":
+        if isinstance(settings, PostgreSQLConfig):
             where = f"postgresql at {settings.host}:{settings.port}/{settings.database}"
         elif settings.type == "redis":
             parts = settings.connection_string.split(",")

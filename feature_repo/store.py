@@ -236,9 +236,7 @@ def _join(store: FeatureStore, rows: pl.DataFrame, views: Sequence[View]) -> pl.
         return pl.DataFrame(schema={feature.name: feature.dtype for feature in wanted})
     with quiet(), reaching(store.config):
         job = store.get_historical_features(asked.to_pandas(), features, filter_by_created_timestamp=True)
-        # Feast takes Spark's result through pandas, where whole numbers beside nulls become floats
-        table = job.to_spark_df().toArrow() if hasattr(job, "to_spark_df") else job.to_arrow()
-    joined = pl.DataFrame(table)
+        joined = pl.DataFrame(job.to_arrow())
     if not joined["row"].is_sorted():
         joined = joined.sort("row")
     if not joined["row"].equals(asked["row"]):

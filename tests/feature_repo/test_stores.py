@@ -12,17 +12,23 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
-from feast import FeatureStore
+from feast import Entity, FeatureStore, FeatureView, Field, ValueType
+from feast.infra.offline_stores.contrib.postgres_offline_store.postgres_source import PostgreSQLSource
+from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SparkSource
+from feast.types import Array, Int64
 
 from feature_repo.configuration import StoreError, addresses, read_configuration
 from feature_repo.definitions import define
 from feature_repo.materialised import read_materialised
 from feature_repo.online import Online, Request
+from feature_repo.postgres_offline_store import replace_tables
 from feature_repo.sources import table_file
 from feature_repo.store import apply, historical, open_store, quiet, refresh, write_tables
 from penstock.activity import Action, Activity
 from penstock.events import EVENTS
 from penstock.features import SERVICES, VIEWS, Ragged, log_end
+from penstock.point_in_time import PointInTimeError
+from tests.histories import histories, known
 from tests.servers import HOST, Server, postgres_server, redis_server
 from tests.small_log import START, an_event, write_log
 
@@ -127,6 +133,48 @@ def joined(home: Path, tables: dict[str, pl.DataFrame], events: pl.DataFrame) ->
     return historical(home, hard_rows(events), "rank_v2")
 
 
+def check_histories(home: Path) -> None:
+    """Histories as bad as they get, by plain loops: each entity row once and in its place, with what was known."""
+    source, asked = histories(1000, 20240504)
+    facts = source.with_columns(numbers=pl.int_ranges(pl.col("value"), pl.col("value") + pl.col("value") % 4))
+    store = open_store(home)
+    if hasattr(store.config.offline_store, "host"):
+        replace_tables(store.config.offline_store, {"facts": facts}, {"facts": ["entity_id", "event", "created"]})
+        where: Any = PostgreSQLSource(
+            name="facts", table="facts", timestamp_field="event", created_timestamp_column="created"
+        )
+    else:
+        facts.write_parquet(home / "facts.parquet")
+        with quiet():
+            where = SparkSource(
+                name="facts",
+                path=str(home / "facts.parquet"),
+                file_format="parquet",
+                timestamp_field="event",
+                created_timestamp_column="created",
+            )
+    entity = Entity(name="entity", join_keys=["entity_id"], value_type=ValueType.INT64)
+    schema = [Field(name="entity_id", dtype=Int64), Field(name="value", dtype=Int64)]
+    schema.append(Field(name="numbers", dtype=Array(Int64)))
+    lives = {"facts": timedelta(0), "brief": timedelta(minutes=4)}
+    views = [
+        FeatureView(name=name, entities=[entity], schema=schema, source=where, ttl=ttl, online=False)
+        for name, ttl in lives.items()
+    ]
+    features = [f"{name}:{feature}" for name in lives for feature in ("value", "numbers")]
+    rows = asked.with_row_index("row").to_pandas()
+    with quiet():
+        store.apply([entity, where, *views])
+        job = store.get_historical_features(rows, features, full_feature_names=True)
+        joined = pl.DataFrame(job.to_arrow())
+    assert joined["row"].to_list() == list(range(asked.height))
+    for name, ttl in lives.items():
+        expected = known(source.rows(named=True), asked.rows(named=True), ttl=ttl)
+        assert joined[f"{name}__value"].to_list() == expected
+        numbers = [None if value is None else list(range(value, value + value % 4)) for value in expected]
+        assert joined[f"{name}__numbers"].to_list() == numbers
+
+
 @pytest.fixture(scope="module")
 def embedded(home: Path, log: Path) -> Served:
     return served(home, log)
@@ -166,6 +214,10 @@ def test_postgres_joins_as_the_embedded_store_does(
     assert joined(tmp_path, late, events).equals(expected)
 
 
+def test_postgres_finds_what_was_known(on_postgres: Server, tmp_path: Path) -> None:
+    check_histories(tmp_path)
+
+
 def test_spark_joins_and_fills_as_the_embedded_store_does(
     on_spark_and_redis: None,
     embedded: Served,
@@ -178,6 +230,7 @@ def test_spark_joins_and_fills_as_the_embedded_store_does(
     refresh(tmp_path, log, tmp_path / "out")
     assert served(tmp_path, log) == embedded
     assert joined(tmp_path, late, events).equals(expected)
+    check_histories(tmp_path)
 
 
 def an_activity(number: int) -> Activity:
@@ -299,8 +352,8 @@ def test_tables_of_postgres_are_replaced_together_or_not_at_all(
     refresh(tmp_path, log, tmp_path / "out")
     before = historical(tmp_path, events, "rank_v2")
     tables = {view.name: pl.read_parquet(table_file(tmp_path, view)).clear() for view in VIEWS}
-    tables["scenario_statistics"] = tables["scenario_statistics"].cast({"scenario": pl.Boolean})
-    with pytest.raises(KeyError, match="Boolean"):
+    tables["scenario_statistics"] = tables["scenario_statistics"].cast({"scenario": pl.Date})
+    with pytest.raises(PointInTimeError, match="is not given scenario of Date"):
         write_tables(tmp_path, tables)
     assert historical(tmp_path, events, "rank_v2").equals(before)
 
