@@ -28,7 +28,7 @@ from penstock.events import (
     read_table,
     write_events,
 )
-from penstock.feedback import read_sequence, write_sequence
+from penstock.feedback import copy_reach
 
 MOST_TOLD = 5
 """So many days or reasons are named in a sentence; the Data Docs have them all."""
@@ -219,7 +219,7 @@ def validate_log(
         for name, frame in kept.items():
             if name != EVENTS.name:
                 frame.write_parquet(good / f"{name}.parquet")
-        write_sequence(good, read_sequence(log))
+        copy_reach(log, good)
     return found
 
 

@@ -59,9 +59,11 @@ def replay(home: Path, log: Path, release: int, scratch: Path, *, newest: int, g
     service = releases.manifest(home, release)["feature_services"]["rank"]
     features = features_of(service)
     logged, of_others = served_vectors(home, service, newest)
-    probe = probed_vectors(home, log, service, seed=release)
+    began_ms = time.time_ns() // 1_000_000
     now = log_of_now(log, home / "feedback", scratch / "log")
     tables = feature_tables(now)
+    after_ms = tables["user_activity"].select(pl.col("event_timestamp").dt.epoch("ms").max()).item() or 0
+    probe = probed_vectors(home, log, service, after_ms=after_ms, since_ms=began_ms, seed=release)
     with _files_as_stores():
         write_tables(scratch, tables)
         apply(scratch)
@@ -133,10 +135,14 @@ def offline_vectors(home: Path, asked: Vectors, service: str, *, fresh: bool = F
     )
 
 
-def probed_vectors(home: Path, log: Path, service: str, seed: int) -> Vectors | str:
-    """What the gateway would answer some users by, a moment after the last feedback; or why that says nothing.
+def probed_vectors(home: Path, log: Path, service: str, *, after_ms: int, since_ms: int, seed: int) -> Vectors | str:
+    """What the gateway would answer some users by, or why that says nothing.
 
     Half of the users are of the feedback, as far as there are any, the others of the log.
+
+    Args:
+        after_ms: when the last thing became visible that is held against it: the time of the request is just after.
+        since_ms: when that was read: users of whom more came since, or was just on its way, are left out.
 
     Raises:
         StoreError: the online store cannot answer.
@@ -145,17 +151,13 @@ def probed_vectors(home: Path, log: Path, service: str, seed: int) -> Vectors | 
     materialised = online.materialised()
     if (materialised.cutoff_us, materialised.sequence) != (log_end(log), read_sequence(log)):
         return "the store has been filled from another log since"
-    began_ms = time.time_ns() // 1_000_000
-    feedback = read_feedback(home / "feedback")
-    last = feedback.select(pl.max_horizontal("event_time", "outcome_time").dt.epoch("ms").max()).item() or 0
-    time_ms = max(-(-materialised.cutoff_us // 1000), last) + 1
-
+    time_ms = max(materialised.cutoff_us // 1000, after_ms) + 1
     rng = np.random.default_rng(seed)
 
     def drawn(ids: pl.Series, count: int) -> list[int]:
         return [int(one) for one in rng.permutation(ids.unique().sort().to_numpy())[:count]]
 
-    met = drawn(feedback["user_id"], PROBED_USERS // 2)
+    met = drawn(read_feedback(home / "feedback")["user_id"], PROBED_USERS // 2)
     others = read_table(log / "users.parquet", USERS)["user_id"]
     users = met + drawn(others.filter(~others.is_in(met)), PROBED_USERS - len(met))
     items = drawn(read_table(log / "items.parquet", ITEMS)["item_id"], PROBED_USERS * ITEMS_OF_EACH)
@@ -183,7 +185,7 @@ def probed_vectors(home: Path, log: Path, service: str, seed: int) -> Vectors | 
         {"request_id": np.repeat(np.arange(len(users)), [len(ids) for ids in of_each]), "item_id": items}, schema=ITEM
     )
     vectors = Vectors(keys.with_columns(_series(read, shared)), pairs.with_columns(_series(of_items, own)))
-    return vectors.of(~keys["user_id"].is_in(_met_since(home / "feedback", began_ms - SETTLED_MS)))
+    return vectors.of(~keys["user_id"].is_in(_met_since(home / "feedback", since_ms - SETTLED_MS)))
 
 
 def _series(parts: Sequence[Mapping[str, Column]], names: Sequence[str]) -> list[pl.Series]:

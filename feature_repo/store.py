@@ -33,6 +33,7 @@ from penstock.features import (
     feature_tables,
     fill_missing,
     log_end,
+    pushed_end,
     view,
     views_of,
     with_on_demand,
@@ -83,7 +84,8 @@ def refresh(home: Path, log: Path, out: Path) -> dict[str, dict[str, Any]]:
     """A log → registry → offline tables → online store → HOME/features/materialised.json, one process at a time.
 
     Everything is written again, the file that serving obeys last: a run that was killed is mended by the next. Of each
-    view, online holds the newest row of each entity at or before the log's end; out/tables.json says what there is.
+    materialised view, online holds the newest row of each entity at or before the log's end, of the pushed view the
+    newest that the log holds: the gateway goes on from there. out/tables.json says what there is.
 
     Raises:
         LogError: the log cannot be read; nothing was changed.
@@ -92,16 +94,19 @@ def refresh(home: Path, log: Path, out: Path) -> dict[str, dict[str, Any]]:
     with _step("features of the log") as done:
         tables, cutoff = feature_tables(log), log_end(log)
         done(sum(table.height for table in tables.values()))
-    at = EPOCH + timedelta(microseconds=cutoff)
+    at, pushed_at = (EPOCH + timedelta(microseconds=us) for us in (cutoff, pushed_end(log, cutoff)))
     apply(home)
     with locked(home, fcntl.LOCK_EX):
         tables = {name: with_tombstones(table, view(name), home, at) for name, table in tables.items()}
-        newest = {name: newest_rows(table, view(name), at) for name, table in tables.items()}
+        newest = {
+            name: newest_rows(table, view(name), pushed_at if view(name).freshness == "pushed" else at)
+            for name, table in tables.items()
+        }
         with _step("offline tables") as done:
             write_tables(home, tables)
             done(sum(table.height for table in tables.values()))
         with _step("online store") as done:
-            write_online(home, newest, at)
+            write_online(home, newest, at, pushed_at)
             version = read_materialised(home).version + 1
             write_materialised(home, Materialised(version, cutoff, read_sequence(log)), newest)
             done(sum(rows.height for rows in newest.values()))
@@ -189,15 +194,23 @@ def newest_rows(table: pl.DataFrame, definition: View, at: datetime) -> pl.DataF
     ]
 
 
-def write_online(home: Path, newest: Mapping[str, pl.DataFrame], at: datetime) -> None:
-    """Writes the newest rows of each view to the online store: ours takes them at once, any other as Feast does it."""
+def write_online(
+    home: Path, newest: Mapping[str, pl.DataFrame], at: datetime, pushed_at: datetime | None = None
+) -> None:
+    """Writes the newest rows of each view to the online store: ours takes them at once, any other as Feast does it.
+
+    Args:
+        at, pushed_at: when they are the newest ones, of the materialised views and of the pushed one.
+    """
     store = open_store(home)
     online = store._get_provider().online_store
     with quiet(), reaching(store.config):
         if isinstance(online, PackedOnlineStore):
             online.replace(store.config, [(store.get_feature_view(name), rows) for name, rows in newest.items()])
-        else:
-            store.materialize(EPOCH, at, feature_views=list(newest))
+            return
+        for freshness, end in (("materialised", at), ("pushed", pushed_at or at)):
+            if names := [name for name in newest if view(name).freshness == freshness]:
+                store.materialize(EPOCH, end, feature_views=names)
 
 
 def historical(home: Path, rows: pl.DataFrame, service: str) -> pl.DataFrame:

@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from penstock.activity import HISTORY_LENGTH, KINDS, TAGS_PER_ACTION, UNKNOWN_AUTHOR, WINDOW_HOURS
 from penstock.events import EVENTS, HISTORIES, ITEMS, TIME, USERS, Table, event_files, read_table
-from penstock.feedback import read_sequence
+from penstock.feedback import read_sequence, read_until
 
 WINDOWS = {"1h": 1, "1d": 24, "7d": WINDOW_HOURS}
 """Window → hours. It ends now and begins at the full hour that many hours before the hour that runs."""
@@ -492,12 +492,22 @@ def with_on_demand(frame: pl.DataFrame, service: str) -> pl.DataFrame:
 def log_end(log: Path) -> int:
     """When a log ends: its last event_time, up to the full hour; µs since 1970.
 
+    Of a log that reaches the present the hour that runs is left out: more may arrive that belongs to it, and what is
+    stamped with its end would not be what was known by then.
+
     Raises:
         LogError: the log cannot be read.
     """
     last = max(read_table(path, EVENTS)["event_time"].dt.epoch("us").max() or 0 for path in event_files(log))
     assert isinstance(last, int)
-    return -(-last // HOUR_US) * HOUR_US
+    end = -(-last // HOUR_US) * HOUR_US
+    until = read_until(log)
+    return min(end, until // HOUR_US * HOUR_US) if last <= until else end  # else it has a clock of its own
+
+
+def pushed_end(log: Path, end: int) -> int:
+    """As of when the pushed view is stored of a log that ends at `end`: it lacks nothing that had arrived by now."""
+    return max(end, read_until(log))
 
 
 def feature_tables(log: Path) -> dict[str, pl.DataFrame]:

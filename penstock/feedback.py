@@ -182,17 +182,21 @@ def last_sequence(directory: Path) -> int:
 
 
 SEQUENCE_FILE = "feedback.json"
+WRITTEN_US = 1_000_000
+"""By then what has arrived is written, also where many write at once."""
 
 
 def append_feedback(log: Path, directory: Path) -> int:
     """Adds the feedback to a log as its part "feedback"; the number of rows.
 
     Whoever the gateway answered from a cold start gets a row in the users table that says nothing but the id: the
-    log's own rule is that every event is of a known user. LOG/feedback.json tells how far the feedback went.
+    log's own rule is that every event is of a known user. LOG/feedback.json tells how far the feedback went: the number
+    of its last record, and until when everything that arrived is in it.
     """
+    until_us = time.time_ns() // 1000 - WRITTEN_US
     records = list(FeedbackReader(directory).read())
-    if records:
-        write_sequence(log, records[-1]["sequence"])
+    reach = {"sequence": records[-1]["sequence"] if records else 0, "until_us": until_us}
+    (log / SEQUENCE_FILE).write_text(json.dumps(reach))
     rows = _rows(records, str(directory))
     if rows.is_empty():
         return 0
@@ -211,13 +215,23 @@ def append_feedback(log: Path, directory: Path) -> int:
 
 def read_sequence(log: Path) -> int:
     """The number of the last feedback record that a log holds; 0 if it holds none."""
+    return _reach(log).get("sequence", 0)
+
+
+def read_until(log: Path) -> int:
+    """Until when everything that arrived at the gateway is in a log, µs since 1970; 0 if it is not said."""
+    return _reach(log).get("until_us", 0)
+
+
+def _reach(log: Path) -> dict[str, int]:
     path = log / SEQUENCE_FILE
-    return int(json.loads(path.read_text())["sequence"]) if path.exists() else 0
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_sequence(log: Path, sequence: int) -> None:
-    """Keeps with a log the number of the last feedback record that it holds."""
-    (log / SEQUENCE_FILE).write_text(json.dumps({"sequence": sequence}))
+def copy_reach(log: Path, other: Path) -> None:
+    """Tells of `other`, a log made of `log`, how far the feedback in it goes."""
+    if _reach(log):
+        (other / SEQUENCE_FILE).write_text(json.dumps(_reach(log)))
 
 
 def read_feedback(directory: Path) -> pl.DataFrame:

@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from penstock.events import EVENTS, HISTORIES, TIME, event_files, read_table, write_events
-from penstock.features import default, log_end, on_demand_of, view, views_of
+from penstock.features import default, log_end, on_demand_of, pushed_end, view, views_of
 from penstock.feedback import FeedbackReader, read_feedback, read_sequence
 
 ACTIVITY = view("user_activity")
@@ -273,16 +273,21 @@ def replayable(requests: pl.DataFrame, log: Path, now: Path) -> tuple[pl.Series,
         log: the log that was materialised.
         now: that log and the feedback since.
     """
+    end = log_end(log)
     told = _told(now, requests)
     asked = requests.with_row_index("row").sort("event_time")
     asked = asked.join_asof(told, left_on="event_time", right_on="told", by="user_id", check_sortedness=False).sort(
         "row"
     )
+    last, pushed = (pl.lit(us).cast(TIME) for us in (end, pushed_end(log, end)))
+    # of this log's own features the pushed ones hold all of it, of an older log's what it can hold at the least
+    held = (
+        pl.when(pl.col("features_time") == last, pl.col("event_time") >= pushed).then(pushed).otherwise("features_time")
+    )
     conditions = {
-        "served from the features of a later log": pl.col("features_time") > pl.lit(log_end(log)).cast(TIME),
+        "served from the features of a later log": pl.col("features_time") > last,
         "of a time before the snapshot that it was served from": pl.col("event_time") < pl.col("features_time"),
-        "of a user of whom the log has since brought what never went through the gateway": pl.col("told")
-        > pl.col("features_time"),
+        "of a user of whom the log has since brought what never went through the gateway": pl.col("told") > held,
     }
     kept = pl.repeat(True, requests.height, dtype=pl.Boolean(), eager=True)
     left_out = {}

@@ -202,6 +202,36 @@ def test_online_equals_offline_over_late_feedback_and_a_materialisation(
     assert (last.served.requests, last.share) == (15, 1.0)
 
 
+def test_a_log_that_is_read_while_the_hour_runs_says_no_more_than_was_known(
+    tmp_path: Path, home: Path, log: Path, visits: Gateway
+) -> None:
+    go_by(visits, 6)
+    visits.clock.now = visits.clock.now.replace(minute=58)
+    open_end = visits.recommend(3, [1, 2, 3])
+    visits.clock.pass_by(MINUTE)
+    later = write_log(tmp_path / "later", a_past())
+    append_feedback(later, home / "feedback")
+    refresh(home, later, tmp_path / "out")
+    assert end_of(later) < visits.clock.now
+    visits.recommend(4, [1, 2, 3])
+    visits.clock.pass_by(2 * MINUTE)  # … and the next one has begun
+    visits.feedback(open_end, click=[1])
+    visits.clock.pass_by(60 * MINUTE)
+    visits.recommend(3, [1, 2, 3])
+    visits.recommend(4, [1, 2, 3])
+    visits.clock.pass_by(MINUTE)
+    again = write_log(tmp_path / "again", a_past())
+    append_feedback(again, home / "feedback")
+    refresh(home, again, tmp_path / "out")
+    visits.recommend(3, [1, 2, 3])
+    visits.clock.pass_by(60 * MINUTE)
+    for number, of in enumerate((later, again)):
+        found = replayed(home, of, tmp_path / f"scratch{number}")
+        assert found.worst == []
+        assert (found.share, found.probe is None) == (1.0, of is later)
+    assert (found.served.requests, found.left_out) == (11, {})
+
+
 def test_a_value_changed_in_the_online_store_is_named(tmp_path: Path, home: Path, log: Path, visits: Gateway) -> None:
     go_by(visits, 10)
     activity = visits.online.activity([3])[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -256,6 +257,28 @@ def test_a_log_ends_at_the_full_hour(tmp_path: Path) -> None:
         log = write_log(tmp_path / str(after), [an_event(0, 1, 2, START), an_event(1, 1, 2, START + after)])
         end = START if not after else START + HOUR
         assert features.log_end(log) == int(end.timestamp()) * 1_000_000
+        assert features.pushed_end(log, features.log_end(log)) == features.log_end(log)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "end", "pushed"),
+    [
+        (-10, 2, 2),  # a clock ahead of the gateway's: nothing is known of it
+        (20, 1, 80),  # in the hour that runs more may come
+        (59, 1, 119),
+        (60, 2, 120),
+        (10_000, 2, 10_060),
+    ],
+)
+def test_a_log_that_reaches_the_present_ends_before_the_hour_that_runs(
+    tmp_path: Path, minutes: int, end: int, pushed: int
+) -> None:
+    log = write_log(tmp_path, [an_event(0, 1, 2, START), an_event(1, 1, 2, START + HOUR + timedelta(minutes=5))])
+    until = START + HOUR + timedelta(minutes=minutes)
+    (log / "feedback.json").write_text(json.dumps({"sequence": 3, "until_us": int(until.timestamp() * 1e6)}))
+    assert features.log_end(log) == int((START + end * HOUR).timestamp() * 1e6)
+    expected = START + (end * HOUR if minutes < 0 else timedelta(minutes=pushed))
+    assert features.pushed_end(log, features.log_end(log)) == int(expected.timestamp() * 1e6)
 
 
 def joined(rng: random.Random, rows: int) -> pl.DataFrame:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from penstock.feedback import (
     FeedbackLog,
     FeedbackReader,
     append_feedback,
+    copy_reach,
     last_sequence,
     new_request_id,
     read_feedback,
     read_sequence,
+    read_until,
 )
 from penstock.json_lines import LineError
 from tests.small_log import an_event, write_log
@@ -194,12 +197,15 @@ def test_request_ids_survive_javascript() -> None:
     assert all(2**52 <= number < 2**53 and int(float(number)) == number for number in ids)
 
 
-def test_feedback_joins_the_log_and_so_do_users_it_did_not_know(tmp_path: Path) -> None:
+def test_feedback_joins_the_log_and_so_do_users_it_did_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_log(tmp_path / "log", [an_event(0, 1, 10, datetime(2022, 4, 15, tzinfo=UTC))])
     with FeedbackLog(tmp_path / "feedback") as log:
         for request, user in ((11, 1), (12, 77), (13, 77)):
             log.impressions(request, user, [10, 20], **SLATE)
     before = read_table(tmp_path / "log" / "users.parquet", USERS)
+    monkeypatch.setattr(time, "time_ns", lambda: NOON_MS * 1_000_000)
     assert append_feedback(tmp_path / "log", tmp_path / "feedback") == 6
     users = read_table(tmp_path / "log" / "users.parquet", USERS)
     assert users.head(before.height).equals(before)
@@ -207,6 +213,17 @@ def test_feedback_joins_the_log_and_so_do_users_it_did_not_know(tmp_path: Path) 
     assert users.row(-1, named=True)["traits"] == []
     assert read_sequence(tmp_path / "log") == 3
     assert read_events(tmp_path / "log").height == 1 + 6
+    # all that had arrived before is in it, but for what may just have been written
+    assert read_until(tmp_path / "log") == NOON_MS * 1000 - 1_000_000
+    (tmp_path / "validated").mkdir()
+    copy_reach(tmp_path / "log", tmp_path / "validated")
+    assert read_sequence(tmp_path / "validated") == 3
+    assert read_until(tmp_path / "validated") == read_until(tmp_path / "log")
+
+
+def test_a_log_that_never_met_the_gateway_says_nothing_of_it(tmp_path: Path) -> None:
+    copy_reach(tmp_path, tmp_path)
+    assert (read_sequence(tmp_path), read_until(tmp_path), list(tmp_path.iterdir())) == (0, 0, [])
 
 
 def test_no_feedback_changes_nothing(tmp_path: Path) -> None:
