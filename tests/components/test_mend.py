@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,21 +144,3 @@ def test_without_a_log_there_is_nothing_to_hold_rows_to(tmp_path: Path, source: 
     _, put_aside = prepare(tmp_path / "home", source, "first")
     with pytest.raises(LogError, match="no log has been ingested here"):
         mend(put_aside, tmp_path / "elsewhere")
-
-
-def test_the_command_says_what_became_of_each_row(tmp_path: Path, source: Path) -> None:
-    home = tmp_path / "home"
-    _, put_aside = prepare(home, source, "first")
-    file = corrected(put_aside, tmp_path / "file.parquet", {("events", 10): {"click": 1}})
-    done = subprocess.run(
-        [sys.executable, "-m", "local", "mend", str(file)],
-        env={"PENSTOCK_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "1 row came back" in done.stdout
-    assert "5 rows are still bad" in done.stdout
-    assert "events, event_id 20: watch_time_ms must not be null" in done.stdout
-    assert str(tmp_path / "file-rest.parquet") in done.stdout

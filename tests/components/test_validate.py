@@ -535,7 +535,8 @@ def test_a_failed_validation_leaves_docs_and_quarantine_and_can_be_run_again(tmp
     assert len(runs(tracking, "prepare-2")) == 2
 
 
-def test_why_a_log_is_bad_is_told_without_mlflow_too(tmp_path: Path) -> None:
+def test_why_a_log_is_bad_is_told_without_mlflow_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     log = a_log(tmp_path / "log", rows=20)
     rewrite(log, changed(log, {7: {"click": 2}}))
     with pytest.raises(LogError, match=r"^1 of 20 events .*; the Data Docs are not in MLflow: MLflow at http://127"):
