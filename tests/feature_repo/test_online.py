@@ -34,9 +34,9 @@ from penstock.features import (
 from tests.small_log import HOUR, START, an_event, write_log
 
 UNKNOWN = 10**12
-USERS = (0, 1, 2, UNKNOWN)
-ITEMS = (3, 0, UNKNOWN, 1, 2, 3)
-SCENARIOS = (0, 1, UNKNOWN)
+USERS = (0, 1, 2, UNKNOWN, -1)
+ITEMS = (3, 0, UNKNOWN, 1, -1, 2, 3)
+SCENARIOS = (0, 1, -1)
 AFTER = (-3 * HOUR, timedelta(0), timedelta(minutes=30, milliseconds=5), HOUR, 25 * HOUR, 8 * 24 * HOUR)
 COMPUTED = [feature.name for on_demand in ON_DEMAND for feature in on_demand.features]
 
@@ -161,8 +161,8 @@ def test_online_is_read_by_many_threads(home: Path, log: Path) -> None:
     online, request = Online(home), Request(ms(cutoff(log)), 0, 0)
     expected = [served(online, "rank_v2", user, request) for user in USERS]
     with ThreadPoolExecutor(8) as pool:
-        answers = pool.map(lambda n: served(online, "rank_v2", USERS[n % 4], request), range(200))
-        assert all(same(answer, expected[n % 4]) for n, answer in enumerate(answers))
+        answers = pool.map(lambda n: served(online, "rank_v2", USERS[n % len(USERS)], request), range(200))
+        assert all(same(answer, expected[n % len(USERS)]) for n, answer in enumerate(answers))
 
 
 def test_another_materialisation_is_taken_up_whole(tmp_path: Path) -> None:
@@ -190,10 +190,12 @@ def test_another_materialisation_is_taken_up_whole(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         reading = [pool.submit(read) for _ in range(2)]
-        for number in range(2, 6):
-            refresh(home, logs[number % 2 == 0], tmp_path / "out")
-            assert online.materialised().version == number
-        ended.set()
+        try:
+            for number in range(2, 6):
+                refresh(home, logs[number % 2 == 0], tmp_path / "out")
+                assert online.materialised().version == number
+        finally:
+            ended.set()
         for found in reading:
             seen |= found.result()
     assert seen == {(1, 7, 3), (0,), ("items", 1, 2, 1, 2), ("items", 2, 4, 2, 4)}

@@ -275,9 +275,11 @@ def test_all_views_are_replaced_in_one_step(packed: PackedOnlineStore, config: R
 
     with ThreadPoolExecutor(3) as pool:
         watching = [pool.submit(watch) for _ in range(3)]
-        for value in range(1, 5):
-            fill(value, 20 if value % 2 else 30)
-        ended.set()
+        try:
+            for value in range(1, 5):
+                fill(value, 20 if value % 2 else 30)
+        finally:
+            ended.set()
         assert all(watched.result() for watched in watching)
 
     broken = a_table(views[1], {1: 9}).drop("created")
