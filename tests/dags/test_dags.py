@@ -34,6 +34,7 @@ print(json.dumps({
             "limited": bool(task.execution_timeout or getattr(task, "response_timeout", None)),
             "doc": bool(task.doc_md),
             "defaults": getattr(task, "defaults", None),
+            "links": [link.name for link in task.operator_extra_links],
         } for task in dag.tasks},
     } for name, dag in bag.dags.items()},
 }))
@@ -75,6 +76,11 @@ def test_every_dag_and_task_says_what_it_is_and_ends(parsed: dict[str, Any]) -> 
             assert task["doc"], f"{name}.{task_id}"
             assert task["limited"], f"{name}.{task_id}"
             assert task["retries"] <= 1, f"{name}.{task_id}"
+
+
+def test_the_data_docs_are_a_button_of_validate(parsed: dict[str, Any]) -> None:
+    links = {name: task["links"] for name, task in parsed["dags"]["prepare"]["tasks"].items()}
+    assert links == {"ingest": [], "validate": ["Data Docs"], "features": [], "examples": []}
 
 
 def test_assets_and_hands_trigger(parsed: dict[str, Any]) -> None:
