@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from components.tracking import TrackingError, add_to_run, log_run, register_release, run_url, set_aliases
+from components.tracking import (
+    TrackingError,
+    add_to_run,
+    find_run_url,
+    log_run,
+    register_release,
+    run_url,
+    set_aliases,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +29,7 @@ def run_id(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "figures" / "roc.png").write_bytes(b"png")
     metrics = {"test/auc_click": 0.71, "validation/recall@50": 0.2}
     files = [folder / "report.html", folder / "figures"]
-    return log_run(uri, "manual__1", {"rank": {"model": "mmoe"}}, metrics, files)
+    return log_run(uri, "manual__1", {"rank": {"model": "mmoe"}}, metrics, files, tags={"validation": "docs"})
 
 
 def client(uri: str) -> Any:
@@ -51,6 +59,7 @@ def test_a_candidate_is_a_finished_run_with_metrics_and_files(uri: str, run_id: 
     assert run.info.run_name == "manual__1"
     assert run.data.metrics == {"test/auc_click": 0.71, "validation/recall_at_50": 0.2}
     assert run.data.params == {"rank": '{"model": "mmoe"}'}
+    assert run.data.tags["validation"] == "docs"
     assert {found.path for found in client(uri).list_artifacts(run_id)} == {"report.html", "figures"}
     assert [found.path for found in client(uri).list_artifacts(run_id, "figures")] == ["figures/roc.png"]
 
@@ -93,4 +102,5 @@ def test_a_server_that_is_away_is_one_line() -> None:
     with pytest.raises(TrackingError, match=r"^MLflow at http://127\.0\.0\.1:1: "):
         log_run("http://127.0.0.1:1", "run", {}, {}, [])
     assert run_url("http://127.0.0.1:1", "x") == ""
+    assert find_run_url("http://127.0.0.1:1", "x") == ""
     assert run_url("sqlite:///x.db", "x") == ""
