@@ -502,12 +502,24 @@ def log_end(log: Path) -> int:
     assert isinstance(last, int)
     end = -(-last // HOUR_US) * HOUR_US
     until = read_until(log)
-    return min(end, until // HOUR_US * HOUR_US) if last <= until else end  # else it has a clock of its own
+    # what is later by far has a clock of its own; a little later is what arrived while the feedback was read
+    return min(end, until // HOUR_US * HOUR_US) if last < until + HOUR_US else end
 
 
 def pushed_end(log: Path, end: int) -> int:
-    """As of when the pushed view is stored of a log that ends at `end`: it lacks nothing that had arrived by now."""
-    return max(end, read_until(log))
+    """As of when the pushed view is stored of a log that ends at `end`.
+
+    It lacks nothing that had arrived by now, and nothing that came by the gateway, which goes on after it.
+    """
+    arrived = [
+        read_table(path, EVENTS)
+        .filter(pl.col("release").is_not_null())
+        .select(pl.max_horizontal("event_time", "created_time", "outcome_time").dt.epoch("us").max())
+        .item()
+        or 0
+        for path in event_files(log)
+    ]
+    return max(end, read_until(log), max(arrived) + 1)
 
 
 def feature_tables(log: Path) -> dict[str, pl.DataFrame]:

@@ -263,7 +263,8 @@ def test_a_log_ends_at_the_full_hour(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("minutes", "end", "pushed"),
     [
-        (-10, 2, 2),  # a clock ahead of the gateway's: nothing is known of it
+        (-60, 2, 120),  # a clock ahead of the gateway's: nothing is known of it
+        (4, 1, 66),  # the last row arrived while the feedback was read
         (20, 1, 80),  # in the hour that runs more may come
         (59, 1, 119),
         (60, 2, 120),
@@ -273,12 +274,22 @@ def test_a_log_ends_at_the_full_hour(tmp_path: Path) -> None:
 def test_a_log_that_reaches_the_present_ends_before_the_hour_that_runs(
     tmp_path: Path, minutes: int, end: int, pushed: int
 ) -> None:
-    log = write_log(tmp_path, [an_event(0, 1, 2, START), an_event(1, 1, 2, START + HOUR + timedelta(minutes=5))])
+    last = START + HOUR + timedelta(minutes=5)
+    told = last + timedelta(minutes=1) - TICK
+    log = write_log(tmp_path, [an_event(0, 1, 2, START), an_event(1, 1, 2, last, release=1, outcome_time=told)])
     until = START + HOUR + timedelta(minutes=minutes)
     (log / "feedback.json").write_text(json.dumps({"sequence": 3, "until_us": int(until.timestamp() * 1e6)}))
     assert features.log_end(log) == int((START + end * HOUR).timestamp() * 1e6)
-    expected = START + (end * HOUR if minutes < 0 else timedelta(minutes=pushed))
+    expected = START + timedelta(minutes=pushed)
     assert features.pushed_end(log, features.log_end(log)) == int(expected.timestamp() * 1e6)
+
+
+def test_what_came_by_the_gateway_is_stored_whatever_its_clock(tmp_path: Path) -> None:
+    late = timedelta(minutes=90)
+    rows = [an_event(0, 1, 2, START), an_event(1, 1, 2, START, late=late), an_event(2, 1, 2, START, release=1)]
+    log = write_log(tmp_path, rows)
+    assert features.log_end(log) == int(START.timestamp()) * 1_000_000
+    assert features.pushed_end(log, features.log_end(log)) == int(START.timestamp()) * 1_000_000 + 1
 
 
 def joined(rng: random.Random, rows: int) -> pl.DataFrame:

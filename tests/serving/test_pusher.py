@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,7 +149,7 @@ def test_the_stored_rows_are_those_of_the_log_and_the_feedback(home: Home) -> No
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_lost_or_counted_twice(seed: int, home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_lost_or_counted_twice(seed: int, home: Home) -> None:
     """The store is away, the gateway starts again, and everything is materialised, at any moment."""
     visitors = Visitors(seed)
     rng = random.Random(seed)
@@ -165,7 +166,11 @@ def test_nothing_is_lost_or_counted_twice(seed: int, home: Home, capsys: pytest.
                     for _ in range(rng.randrange(40)):
                         visitors.visit(log)
                 if act == "materialise":
-                    home.materialise()
+                    materialising = threading.Thread(target=home.materialise)
+                    materialising.start()
+                    while materialising.is_alive():
+                        visitors.visit(log)
+                        time.sleep(0.01)
                 for _ in range(rng.randrange(20)):
                     visitors.visit(log)
             if rng.random() < 0.5:
@@ -201,6 +206,25 @@ def test_everything_twice_counts_once(home: Home) -> None:
     with home.gateway() as (log, pusher):
         until(lambda: pusher.status().waiting == 0)
     assert home.online() == once == home.offline()
+
+
+@pytest.mark.parametrize("clock", ["now", "the full hour of the log's end", "tomorrow, on the hour"])
+def test_what_came_just_before_a_materialisation_is_in_it(clock: str, home: Home) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    time_ms = {"now": now_ms, "tomorrow, on the hour": (now_ms // HOUR_MS + 24) * HOUR_MS}.get(
+        clock, END_MS + 48 * HOUR_MS
+    )
+    with home.gateway() as (log, pusher):
+        slate = {"scenario": 0, "device": 0, "release": 1, "variant": "champion", "features_us": 0}
+        log.impressions(1, 3, [1, 2], time_ms=time_ms, **slate)
+        time.sleep(0.005)
+        log.outcomes(1, [{"item_id": 2, "long_view": 1}])
+        until(lambda: pusher.status().waiting == 0)
+        home.materialise()
+        assert home.online() == home.offline()
+        log.outcomes(1, [{"item_id": 1, "click": 1}])
+        until(lambda: pusher.status().waiting == 0)
+    assert home.online() == home.offline()
 
 
 def test_a_store_that_is_away_is_told_once_and_so_is_its_return(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
