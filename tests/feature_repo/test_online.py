@@ -181,7 +181,7 @@ def test_another_materialisation_is_taken_up_whole(tmp_path: Path) -> None:
 
     def read() -> set[tuple[Any, ...]]:
         found = set()
-        while not ended.is_set():
+        while not ended.wait(0.002):
             user = online.user(1, "rank_v2", request)
             items = online.items([1, 2], "rank_v2", user, request)
             found.add((*frame(user)["traits"].to_list()[0], int(user["scenario_impressions_7d"][0])))
