@@ -623,7 +623,7 @@ class _Hours:
     def __init__(self, groups: np.ndarray, events: pl.DataFrame, seen: _Seen) -> None:
         self._groups, self._seen = groups, seen
         self._labels = np.column_stack([events[label].to_numpy().astype(np.int64) for label in COUNTED])
-        self._outcome = self._labels.any(axis=1)
+        self._outcome = np.asarray(self._labels.any(axis=1))
         self.first = int(seen.hour.min(initial=0))
         last = max(int(seen.outcome_hour.max(initial=0)), int(seen.hour.max(initial=0)) + WINDOW_HOURS + 1)
         self.span = last - self.first + 2

@@ -88,7 +88,10 @@ class RecommendResponse(BaseModel):
 
 
 class Outcome(_Body):
-    """What the user did with one item of a request."""
+    """What the user did with one item of a request.
+
+    A long view needs its watch time, here or in a later part: the log's validation puts one without aside.
+    """
 
     item_id: int = Field(ge=0, le=MAX_ID)
     click: Label = 0
