@@ -1,7 +1,8 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
+QUICK ?=
 
 UV_VERSION := 0.13.9
 UV := build/uv/bin/uv
@@ -21,7 +22,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status mend test check features-doc lock clean
+.PHONY: setup servers demo up down status mend test check bench-features features-doc lock clean
 
 setup: $(READY)
 
@@ -74,6 +75,10 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+
+# Our feature stores beside plain Feast, in some ten minutes; QUICK=1 is a smaller form.
+bench-features: $(READY) servers
+	@$(BIN)/python -W ignore -m benchmarks.features $(if $(QUICK),--quick)
 
 # docs/features.md, from what Feast is told; the tests hold it current.
 features-doc: $(READY)
