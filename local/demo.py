@@ -188,7 +188,6 @@ class Demo:
         if answered and self._traffic:
             self._console.rule("the audience", align="left")
             self._say(self._traffic.send(VISITS))
-            remember_day(self._place)
         self._show_addresses(Path(judged["report"]))
         if not verdict["approved"]:
             self._say("No new release: the gate turned the candidate down, for the reasons above.")
@@ -339,7 +338,8 @@ class Traffic:
         from penstock import config
         from penstock.datasets import simulator
 
-        self._url = place.url("gateway")
+        self._place, self._url = place, place.url("gateway")
+        self._begun = False
         self._audience = simulator.Audience(config(simulator, options))
         self._visits = self._audience.requests(day, 4 * VISITS)
         self._day = day
@@ -347,6 +347,9 @@ class Traffic:
     def send(self, count: int) -> str:
         """The next `count` visits of the day: a slate each, and what the user did with it. Returns a sentence."""
         began = time.monotonic()
+        if not self._begun:
+            remember_day(self._place)  # at once: a day that breaks off is not lived again, before what was done in it
+            self._begun = True
         lanes: list[list[tuple[int, int, int, int]]] = [[] for _ in range(4)]
         for visit in islice(self._visits, count):
             lanes[visit[0] % len(lanes)].append(visit)  # a user makes one visit after the other

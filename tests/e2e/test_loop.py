@@ -153,6 +153,21 @@ def test_the_data_docs_are_linked_from_airflow_and_kept_in_mlflow(airflow: Airfl
     assert {"key": "validation", "value": mlflow_run} in candidate["data"]["tags"]
 
 
+def test_the_release_was_replayed_before_it_was_promoted(airflow: Airflow, place: Place, told: str) -> None:
+    (run,) = airflow.runs("release", state=["success"])
+    sentence = airflow.xcom("release", run["dag_run_id"], "replay")["sentence"]
+    assert sentence.startswith("Online equals offline: ")
+    assert "vectors of 200 probed users are equal bit for bit (100 %; goal 99.99 %)" in sentence
+    assert sentence in told
+    manifest = json.loads((place.home / "releases" / "1" / "manifest.json").read_text())
+    api = f"{place.url('mlflow')}/api/2.0/mlflow"
+    query = {"run_id": manifest["run_id"]}
+    metrics = httpx.get(f"{api}/runs/get", params=query, timeout=30).json()["run"]["data"]["metrics"]
+    assert {metric["key"]: metric["value"] for metric in metrics}["replay/equal_share"] == 1
+    files = httpx.get(f"{api}/artifacts/list", params=query, timeout=30).json()["files"]
+    assert {"replay.html", "replay.json"} <= {file["path"] for file in files}
+
+
 def test_an_unknown_model_fails_the_first_task_with_the_known_names(airflow: Airflow, told: str) -> None:
     airflow.trigger("train", "unknown-model", {"rank_models": ["oracle"]})
     error = failure(airflow, "train", "unknown-model")
@@ -186,6 +201,9 @@ def test_a_second_training_is_held_against_the_champion(airflow: Airflow, place:
         return
     released = demo.triggered(airflow, "release", "again")
     promoted = demo.release(airflow, released)
+    replayed = airflow.xcom("release", released, "replay")["sentence"]
+    assert "logged requests and" in replayed
+    assert "(100 %; goal 99.99 %)" in replayed
     assert live(place).champion == (2 if promoted else 1)
     assert live(place).challenger is None
     if promoted:
