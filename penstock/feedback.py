@@ -238,8 +238,8 @@ def read_feedback(directory: Path) -> pl.DataFrame:
     """Every impression as one row of EVENTS, with what the user did with it, in order of time.
 
     Outcomes are merged by (request_id, item_id): of several, the largest label and watch time. Those of no impression
-    are left out. A row arrived when it was shown, and what the user did so much later as its last outcome came after
-    the impression: a replay of another time keeps the delays it had.
+    are left out. A row arrived when it was shown, and what the user did so much later as the last of its labels was
+    first told after the impression: telling it again changes nothing, and a replay of another time keeps the delays.
 
     Raises:
         LineError: a line that is no record, but for a torn last one.
@@ -280,7 +280,10 @@ def _rows(records: Iterable[Mapping[str, Any]], source: str) -> pl.DataFrame:
         .rename({"items": "item_id"})
     )
     done = pl.DataFrame(outcomes, schema=ids | {"outcome_ms": pl.Int64} | dict.fromkeys(OUTCOMES, pl.Int64))
-    done = done.group_by(*ids).agg(pl.all().max())
+    first_told = [pl.col("outcome_ms").filter(pl.col(name) == 1).min() for name in OUTCOMES if name != "watch_time_ms"]
+    done = done.group_by(*ids).agg(
+        pl.max_horizontal(first_told).fill_null(pl.col("outcome_ms").max()), *(pl.col(name).max() for name in OUTCOMES)
+    )
     event_us = pl.col("time_ms") * 1000
     delay_us = (pl.col("outcome_ms") - pl.col("arrived_ms")).clip(0) * 1000
     rows = shown.join(done, on=list(ids), how="left").with_columns(

@@ -67,13 +67,16 @@ def test_outcomes_arrive_so_much_after_their_row_as_they_did(tmp_path: Path) -> 
     (tmp_path / "2022-04-15.jsonl").write_text(
         '{"kind":"impressions","arrived_ms":1000,"request_id":5,"user_id":1,"time_ms":600,"scenario":0,"device":0,'
         '"release":1,"variant":"champion","items":[1,2]}\n'
-        '{"kind":"outcomes","arrived_ms":3000,"request_id":5,"events":[{"item_id":2,"click":1}]}\n'
         '{"kind":"outcomes","arrived_ms":2000,"request_id":5,"events":[{"item_id":2,"click":1}]}\n'
+        '{"kind":"outcomes","arrived_ms":3000,"request_id":5,"events":[{"item_id":2,"click":1,"long_view":1}]}\n'
+        '{"kind":"outcomes","arrived_ms":4000,"request_id":5,"events":[{"item_id":2,"click":1,"watch_time_ms":9}]}\n'
+        '{"kind":"outcomes","arrived_ms":5000,"request_id":5,"events":[{"item_id":1,"watch_time_ms":9}]}\n'
     )
     rows = read_feedback(tmp_path)
     assert rows["event_time"].dt.epoch("ms").to_list() == [600, 600]
     assert rows["created_time"].dt.epoch("ms").to_list() == [600, 600]
-    assert rows["outcome_time"].dt.epoch("ms").to_list() == [None, 2600]
+    assert rows["outcome_time"].dt.epoch("ms").to_list() == [4600, 2600]
+    assert rows["watch_time_ms"].to_list() == [9, 9]
     assert rows["features_time"].to_list() == [None, None]
 
 
