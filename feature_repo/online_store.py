@@ -53,6 +53,9 @@ APPLICATION = 0x50454E53
 PATIENCE_SECONDS = 60.0
 """How long one process waits for another that writes."""
 
+JOURNAL_BYTES = 1 << 24
+"""What is left of the log of writes when all of it is in the database; else it stays as large as a materialisation."""
+
 PACKED_AT_ONCE = 20_000
 """Rows whose bytes are in memory at once."""
 
@@ -211,6 +214,7 @@ class _Connection:
                 f"{path} is no online store of format {FORMAT} (application and format are {self._marks()}):"
                 " remove it and fill it by a run of the prepare DAG"
             )
+        self.sqlite.execute(f"PRAGMA journal_size_limit = {JOURNAL_BYTES}")
         self._file = self._identity(path)
         self._layouts: dict[int, Layout] = {}
 
@@ -391,6 +395,8 @@ class PackedOnlineStore(OnlineStore):
     ) -> None:
         # rows that are pushed to a database that is away belong in that one
         connection = self._open(config, create=replace)
+        # a push that is lost with the power is made again by whoever has what it is of; a materialisation is not
+        connection.sqlite.execute(f"PRAGMA synchronous = {'FULL' if replace else 'NORMAL'}")
         with connection.transaction():
             for view, parts in tables:
                 name = _table(config, view)
