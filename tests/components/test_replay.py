@@ -254,6 +254,30 @@ def test_a_value_changed_in_the_online_store_is_named(tmp_path: Path, home: Path
     assert found.sentence.endswith("most often different: history_items (2), history_times (2).")
 
 
+def test_what_is_told_in_parts(tmp_path: Path, home: Path, log: Path, visits: Gateway) -> None:
+    """A row of the log has one time for all that came of it: a request between two of its labels is found out."""
+    first = visits.recommend(2, [1, 2, 3])
+    second = visits.recommend(4, [1, 2, 3])
+    visits.clock.pass_by(MINUTE)
+    for request in (first, second):
+        visits.feedback(request, click=[1])
+    visits.clock.pass_by(MINUTE)
+    visits.recommend(2, [4, 5, 6])
+    between = visits.recommend(4, [4, 5, 6])
+    visits.clock.pass_by(MINUTE)
+    visits.feedback(first, click=[1])  # again
+    visits.feedback(second, like=[1])
+    visits.clock.pass_by(MINUTE)
+    visits.recommend(4, [4, 5, 6])
+    visits.clock.pass_by(60 * MINUTE)
+    found = replayed(home, log, tmp_path / "scratch")
+
+    assert {example.request_id for one in found.served.worst for example in one.examples} == {between}
+    assert {"action_items", "user_clicks_7d"} <= unequal(found.served.worst)
+    assert (found.behind.requests, found.behind.earlier) == (1, 0)
+    assert found.served.vectors - found.served.equal == 3
+
+
 def test_a_push_that_is_lost_is_told_from_what_is_wrong(tmp_path: Path, home: Path, log: Path, visits: Gateway) -> None:
     request = visits.recommend(2, [1, 2, 3])
     before = visits.online.activity([2])[2]
