@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import psycopg
 import pytest
 import yaml
 from feast import Entity, FeatureStore, FeatureView, Field, ValueType
@@ -246,8 +247,10 @@ def push_and_read(home: Path, log: Path) -> None:
     pushing, reading = Online(home), Online(home)
     before = reading.activity([0, 1, 2])
     with ThreadPoolExecutor(4) as pool:
-        reads = [pool.submit(pushing.activity, [1, 10**6]) for _ in range(200)]
-        pushes = [pool.submit(pushing.push, {1: an_activity(n), 10**6: an_activity(n)}) for n in range(20)]
+        reads, pushes = [], []
+        for number in range(40):
+            pushes.append(pool.submit(pushing.push, {1: an_activity(number), 10**6: an_activity(number)}))
+            reads += [pool.submit(pushing.activity, [1, 10**6]) for _ in range(5)]
         assert all(read.result().keys() == {1, 10**6} for read in reads)
         for push in pushes:
             push.result()
@@ -351,11 +354,21 @@ def test_tables_of_postgres_are_replaced_together_or_not_at_all(
 ) -> None:
     refresh(tmp_path, log, tmp_path / "out")
     before = historical(tmp_path, events, "rank_v2")
-    tables = {view.name: pl.read_parquet(table_file(tmp_path, view)).clear() for view in VIEWS}
-    tables["scenario_statistics"] = tables["scenario_statistics"].cast({"scenario": pl.Date})
+    empty = {view.name: pl.read_parquet(table_file(tmp_path, view)).clear() for view in VIEWS}
+    unknown = {**empty, "scenario_statistics": empty["scenario_statistics"].cast({"scenario": pl.Date})}
     with pytest.raises(PointInTimeError, match="is not given scenario of Date"):
-        write_tables(tmp_path, tables)
+        write_tables(tmp_path, unknown)
     assert historical(tmp_path, events, "rank_v2").equals(before)
+    where = {"host": HOST, "port": on_postgres.port, "user": "penstock", "dbname": "penstock"}
+    with psycopg.connect(**where, autocommit=True) as connection:
+        # the last of them cannot be dropped
+        connection.execute("CREATE VIEW dependent AS SELECT scenario FROM scenario_statistics")
+        with pytest.raises(psycopg.errors.DependentObjectsStillExist):
+            write_tables(tmp_path, empty)
+        assert historical(tmp_path, events, "rank_v2").equals(before)
+        connection.execute("DROP VIEW dependent")
+    write_tables(tmp_path, empty)
+    assert not historical(tmp_path, events, "rank_v2").equals(before)
 
 
 def test_feast_reads_our_files_by_itself(
