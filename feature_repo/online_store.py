@@ -395,8 +395,6 @@ class PackedOnlineStore(OnlineStore):
     ) -> None:
         # rows that are pushed to a database that is away belong in that one
         connection = self._open(config, create=replace)
-        # a push that is lost with the power is made again by whoever has what it is of; a materialisation is not
-        connection.sqlite.execute(f"PRAGMA synchronous = {'FULL' if replace else 'NORMAL'}")
         with connection.transaction():
             for view, parts in tables:
                 name = _table(config, view)
