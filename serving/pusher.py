@@ -20,12 +20,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from feature_repo.configuration import StoreError
 from feature_repo.online import Online
 from feature_repo.store import locked
 from penstock.activity import UNKNOWN_AUTHOR, Action, Activity, kinds_of
 from penstock.events import DAY_MS
 from penstock.feedback import FeedbackLog, FeedbackReader
-from penstock.json_lines import LineError
 
 OUTCOME_DAYS = 7
 """How long outcomes may come after their impressions; later ones enter with the next materialisation."""
@@ -158,6 +158,7 @@ class Pusher:
         self._read = 0
         self._position = 0
         self._moved = threading.Condition()
+        self._late = False
         self._away: Status | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="pusher", daemon=True)
@@ -172,9 +173,13 @@ class Pusher:
         self._thread.join()
 
     def wait(self, sequence: int, seconds: float) -> None:
-        """Returns when a record is in the online store or the time is over; at once while the store is away."""
+        """Returns when a record is in the online store or the time is over.
+
+        At once when it was over for another one, or the store is away, and nothing has moved since.
+        """
         with self._moved:
-            self._moved.wait_for(lambda: self._position >= sequence or self._away is not None, seconds)
+            if not self._late and not self._moved.wait_for(lambda: self._position >= sequence or self._late, seconds):
+                self._late = True
 
     def status(self) -> Status:
         """How far it is."""
@@ -194,8 +199,8 @@ class Pusher:
             except BlockingIOError:
                 self._closing.wait(LOCKED_SECONDS)  # a materialisation replaces the rows
             except Exception as error:  # Feast and its stores raise anything
-                if isinstance(error, LineError):
-                    self._version = 0  # reads the log again: it may be mended
+                if not isinstance(error, StoreError):
+                    self._version = 0  # what is wrong with the log may be mended: it is read again
                 self._is_away(error)
                 self._closing.wait(pause)
                 pause = min(2 * pause, BACK_OFF_SECONDS[1])
@@ -229,7 +234,7 @@ class Pusher:
                 self._push(online)
         self._steps = []
         with self._moved:
-            self._position = max(self._after, self._read)
+            self._position, self._late = max(self._after, self._read), False
             self._moved.notify_all()
 
     def _push(self, online: Online) -> None:
@@ -248,11 +253,12 @@ class Pusher:
 
     def _is_away(self, error: Exception) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if self._away is None:
+            print(f"gateway: feedback waits in {self._log.directory}: {reason}", file=sys.stderr, flush=True)
+            self._away = Status(self._position, 0, time.time_ns() // 1_000_000, reason)
         with self._moved:
-            if self._away is None:
-                print(f"gateway: feedback waits in {self._log.directory}: {reason}", file=sys.stderr, flush=True)
-                self._away = Status(self._position, 0, time.time_ns() // 1_000_000, reason)
-                self._moved.notify_all()
+            self._late = True
+            self._moved.notify_all()
 
     def _is_back(self) -> None:
         if self._away is not None:
