@@ -252,7 +252,7 @@ def test_rest_answers_by_row_and_by_column(system: System) -> None:
     answer = httpx.post(f"{system.rest}/v1/models/recall/versions/1:predict", json={"inputs": columns})
     assert answer.json()["outputs"]["ids"] == [[1000, 1002, 1003, 1004, 1005]]
     row = {"item_id": 1001, "user_id": 1, "history_items": [1], "tags": [], "scenario": 0, "item_age_hours": 12}
-    rows = [row | {"item_click_rate": rate} for rate in (0.25, 0.5)]
+    rows = [row | {"item_click_rate_7d": rate} for rate in (0.25, 0.5)]
     answer = httpx.post(f"{system.rest}/v1/models/rank:predict", json={"instances": rows})
     assert answer.json() == {
         "predictions": [
