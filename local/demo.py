@@ -348,7 +348,7 @@ class Traffic:
         """The next `count` visits of the day: a slate each, and what the user did with it. Returns a sentence."""
         began = time.monotonic()
         if not self._begun:
-            remember_day(self._place)  # at once: a day that breaks off is not lived again, before what was done in it
+            remember_day(self._place)  # at once: a day that breaks off must not be lived again before its own end
             self._begun = True
         lanes: list[list[tuple[int, int, int, int]]] = [[] for _ in range(4)]
         for visit in islice(self._visits, count):
