@@ -137,9 +137,10 @@ class Ragged:
 
     def padded(self, width: int, fill: int) -> np.ndarray:
         """As a matrix [rows, width]: the first `width` values of each list, then `fill`."""
-        first = self.head(width)
-        matrix = np.full((len(self), width), fill)
-        matrix[np.arange(width) < first.lengths[:, None]] = first.values
+        places = np.arange(width)
+        inside = places < self.lengths[:, None]
+        matrix = np.full(inside.shape, fill)
+        matrix[inside] = self.values[(self.offsets[:-1, None] + places)[inside]]
         return matrix
 
     def tail(self, length: int) -> Ragged:
@@ -302,17 +303,16 @@ def user_windows(columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
     counts = np.concatenate([_ragged(columns, f"hour_{name}").values for name in COUNTS])
     of_count = (np.arange(len(COUNTS)) * len(time_ms))[:, None] + row
     found: dict[str, np.ndarray] = {}
-    for prefix, prior, window in (
+    for prefix, prior, holds in (
         ("user", "everyone", smallest),
         ("user_scenario", "scenario", np.where(elsewhere, len(WINDOWS), smallest)),
     ):
-        place = of_count * (len(WINDOWS) + 1) + window
+        place = of_count * (len(WINDOWS) + 1) + holds
         # sums of integers far below 2**53: exact in floating point
         total = np.bincount(place.ravel(), counts, minlength=math.prod(bins)).astype(np.int64).reshape(bins)
         total = total[:, :, :-1].cumsum(axis=2)
-        for of, name in zip(total, COUNTS, strict=True):
-            for sums, window_name in zip(of.T, WINDOWS, strict=True):
-                found[f"{prefix}_{name}_{window_name}"] = sums
+        names = [f"{prefix}_{name}_{window}" for name in COUNTS for window in WINDOWS]
+        found |= zip(names, total.swapaxes(1, 2).reshape(len(names), -1), strict=True)
         priors = np.array([_array(columns, f"{prior}_{label}_rate_7d") for label in COUNTED], np.float64)
         rates = _smoothed(total[1:, :, -1], total[0, :, -1], priors).astype(np.float32)
         found |= {f"{prefix}_{label}_rate_7d": values for label, values in zip(COUNTED, rates, strict=True)}
@@ -320,7 +320,8 @@ def user_windows(columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
     last = np.full(len(time_ms), np.iinfo(np.int64).min // 2)
     acted = times.lengths > 0
     last[acted] = np.maximum.reduceat(times.values, times.offsets[:-1][acted])
-    found["user_idle_hours"] = np.clip((time_ms - last) / HOUR_MS, 0, IDLE_LIMIT_HOURS).astype(np.float32)
+    idle = np.minimum(np.maximum((time_ms - last) / HOUR_MS, 0), IDLE_LIMIT_HOURS)
+    found["user_idle_hours"] = idle.astype(np.float32)
     return found
 
 
