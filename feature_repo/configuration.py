@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from string import Template
@@ -38,6 +39,9 @@ def read_configuration(home: Path) -> RepoConfig:
         raise StoreError(f"{path} needs the environment variable {error.args[0]}: set it") from error
     configuration = RepoConfig(**yaml.safe_load(text))
     configuration.repo_path = HERE
+    if hasattr(configuration.offline_store, "spark_conf"):
+        # told again at each source that is read from the registry
+        warnings.filterwarnings("ignore", "The spark data source API is an experimental", RuntimeWarning)
     return configuration
 
 

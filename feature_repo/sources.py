@@ -5,7 +5,6 @@ The tables are Parquet files of the home. Our store, DuckDB and Spark read them 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,9 +35,7 @@ def source(definition: View, home: Path, configuration: RepoConfig) -> DataSourc
     if hasattr(configuration.offline_store, "spark_conf"):
         from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SparkSource
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is experimental
-            return SparkSource(path=str(table_file(home, definition)), file_format="parquet", **described)
+        return SparkSource(path=str(table_file(home, definition)), file_format="parquet", **described)
     if _is_postgres(configuration):
         from feast.infra.offline_stores.contrib.postgres_offline_store.postgres_source import PostgreSQLSource
 
