@@ -21,7 +21,7 @@ from penstock import routing
 from penstock.feedback import read_feedback
 from tests.local.ports import free_ports
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]  # the whole loop is one fixture
 
 # enough likes in the test slice for the gate to judge them
 SMALL = {"users": 1200, "items": 400, "items_per_day": 15, "days": 12}
