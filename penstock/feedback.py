@@ -107,10 +107,10 @@ class FeedbackLog:
         """Keeps what the user did with items of a request, item_id and any of `OUTCOMES`; the record's number."""
         return self._append("outcomes", {"request_id": request_id, "events": list(events)})
 
-    def wait(self, after: int, seconds: float) -> None:
-        """Returns when there is a record of a larger number, or the time is over."""
+    def wait(self, after: int, seconds: float) -> bool:
+        """Returns when there is a record of a larger number, or the time is over: whether there is one."""
         with self._appended:
-            self._appended.wait_for(lambda: self.sequence > after, seconds)
+            return self._appended.wait_for(lambda: self.sequence > after, seconds)
 
     def close(self) -> None:
         """Lets another process write."""
