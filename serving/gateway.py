@@ -178,15 +178,6 @@ def create_app(settings: Settings) -> FastAPI:
             where = {"time_ms": time_ms, "scenario": asked.scenario, "device": asked.device}
             vectors = slate.vectors
             with _writing():
-                log.impressions(
-                    request_id,
-                    request.user_id,
-                    slate.items,
-                    **where,
-                    release=slate.release,
-                    variant=slate.variant,
-                    features_us=vectors.features_us,
-                )
                 if served.wants(request_id):
                     served.keep(
                         request_id,
@@ -199,6 +190,15 @@ def create_app(settings: Settings) -> FastAPI:
                         user=vectors.user,
                         of_items=vectors.of_items,
                     )
+                log.impressions(
+                    request_id,
+                    request.user_id,
+                    slate.items,
+                    **where,
+                    release=slate.release,
+                    variant=slate.variant,
+                    features_us=vectors.features_us,
+                )
         return RecommendResponse(
             request_id=request_id,
             user_id=request.user_id,
