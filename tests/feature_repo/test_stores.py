@@ -30,7 +30,7 @@ from penstock.events import EVENTS
 from penstock.features import SERVICES, VIEWS, Ragged, log_end
 from penstock.point_in_time import PointInTimeError
 from tests.histories import histories, known
-from tests.servers import HOST, Server, postgres_server, redis_server
+from tests.servers import HOST, Server, find, postgres_server, redis_server
 from tests.small_log import START, an_event, write_log
 
 STORES = "feature_repo/stores"
@@ -72,6 +72,7 @@ def on_postgres(postgres: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 @pytest.fixture
 def on_spark_and_redis(on_redis: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Spark fills and joins, Redis serves: sections of two files make a third."""
+    find("java", "openjdk-17-jre-headless")
     both, spark = (yaml.safe_load(Path(STORES, f"{name}.yaml").read_text()) for name in ("redis", "spark"))
     both["offline_store"] = spark["offline_store"]
     path = tmp_path / "both.yaml"
