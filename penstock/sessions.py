@@ -17,11 +17,12 @@ from penstock.events import DAY_MS
 from penstock.examples import PADDING
 
 GAP_MS = 10 * 60 * 1000
-LONG_TERM_MS = 7 * DAY_MS
 
 
-def split(items: Any, times: Any, sessions: Any, now: Any, short: int = 50, long: int = 20) -> tuple[Any, Any]:
-    """The items of the last session, and the last ones before it that are of the last 7 days.
+def split(
+    items: Any, times: Any, sessions: Any, now: Any, short: int = 50, long: int = 20, days: float = 7.0
+) -> tuple[Any, Any]:
+    """The items of the last session, and the last ones before it that are of the last so many days.
 
     The last session is that of the last action, however long ago that was. A clock that went back by the gap or more
     ends a session as one that went on.
@@ -46,7 +47,7 @@ def split(items: Any, times: Any, sessions: Any, now: Any, short: int = 50, long
     places = ops.arange(1, items.shape[1], dtype="int32")
     begins = ops.where(ops.logical_and(apart, present[:, 1:]), places, 0)
     start = ops.maximum(ops.max(begins, axis=1, keepdims=True, initial=0), count - short)
-    stale = ops.expand_dims(now, 1) - times > LONG_TERM_MS
+    stale = ops.expand_dims(now, 1) - times > round(days * DAY_MS)
     before = ops.maximum(start - long, 0)
     return _taken(items, start, count, short), _taken(ops.where(stale, PADDING, items), before, start, long)
 

@@ -31,6 +31,7 @@ class Config(RecallConfig):
     Attributes:
         short: so many actions of the session are read, the last.
         long: so many of the actions before it are read, the last.
+        long_days: and those alone that are no older than this.
         width: size of the vector of each attribute of an item.
         layers: LSTMs one on the other; the input of each but the first is added to its output.
         heads: kinds of interest that the self-attention tells apart.
@@ -40,6 +41,7 @@ class Config(RecallConfig):
 
     short: int = 50
     long: int = 20
+    long_days: float = 7.0
     width: int = 32
     layers: int = 1
     heads: int = 4
@@ -66,6 +68,7 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
         inputs["time_ms"],
         config.short,
         config.long,
+        config.long_days,
     )
     user = keras.layers.Dense(config.dim)(ops.concatenate(embed(inputs, profile, schema, config.dim), axis=-1))
     attributes = ItemAttributes(

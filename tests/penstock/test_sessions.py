@@ -12,7 +12,7 @@ DAY = 24 * 60 * MINUTE
 NOW = 1_700_000_000_000
 
 
-def _oracle(history, now, short, long):
+def _oracle(history, now, short, long, days=7.0):
     """Walks back from the last action: (item, time, session) in order → items of the session, items before it."""
     history = list(history)
     last = history.pop() if history else None
@@ -23,18 +23,18 @@ def _oracle(history, now, short, long):
         if session != next_session if known else abs(next_time - time) >= 10 * MINUTE:
             break
         current.insert(0, history.pop())
-    before = [action for action in history[-long:] if now - action[1] <= 7 * DAY]
+    before = [action for action in history[-long:] if now - action[1] <= days * DAY]
     return [item for item, _, _ in current], [item for item, _, _ in before]
 
 
-def _split(histories, now, short, long, length=None):
+def _split(histories, now, short, long, length=None, **limits):
     """The same of padded lists, without the places that hold nothing."""
     length = max([1, *map(len, histories)]) if length is None else length
     items, times, sessions = np.zeros((len(histories), length), np.int32), *np.full((2, len(histories), length), -1)
     for row, history in enumerate(histories):
         for place, (item, time, session) in enumerate(history):
             items[row, place], times[row, place], sessions[row, place] = item, time, session
-    found = split(items, times, sessions, np.array(now), short, long)
+    found = split(items, times, sessions, np.array(now), short, long, **limits)
     assert [part.shape for part in found] == [(len(histories), short), (len(histories), long)]
     return [[[item for item in row if item] for row in np.asarray(part).tolist()] for part in found]
 
@@ -67,6 +67,8 @@ def test_the_long_term_is_a_week_and_so_many_actions():
     history = _history((week - 1, -1), (week, -1), (NOW - DAY, -1), (NOW, -1))
     assert _split([history, history], [NOW, NOW + 1], 3, 3) == [[[5], [5]], [[3, 4], [4]]]
     assert _split([history], [NOW], 3, 1) == [[[5]], [[4]]]
+    assert _split([history], [NOW], 3, 3, days=0.5) == [[[5]], [[]]]
+    assert _split([history], [NOW], 3, 3, days=1000.0) == [[[5]], [[2, 3, 4]]]
 
 
 def test_no_history_and_the_shortest():
@@ -91,16 +93,17 @@ action = st.tuples(
     st.integers(1, 5),
     st.integers(1, 5),
     st.integers(0, 4),
+    st.sampled_from([0.25, 7.0, 30.0]),
 )
-def test_equals_the_loops(drawn, short, long, more):
+def test_equals_the_loops(drawn, short, long, more, days):
     histories, now = [[]], [NOW]
     for steps, after in drawn:
         times = NOW - 9 * DAY + np.cumsum([0, *(step for _, step, _ in steps)])[1:]
         histories.append([(item, int(time), session) for (item, _, session), time in zip(steps, times, strict=True)])
         now.append(int(times[-1] if len(times) else NOW) + after)
-    expected = [_oracle(history, at, short, long) for history, at in zip(histories, now, strict=True)]
+    expected = [_oracle(history, at, short, long, days) for history, at in zip(histories, now, strict=True)]
     # the list may be shorter than what is asked for, and have more padding than it needs
-    found = _split(histories, now, short, long, max(map(len, histories)) + 1 + more)
+    found = _split(histories, now, short, long, max(map(len, histories)) + 1 + more, days=days)
     assert found == [[current for current, _ in expected], [before for _, before in expected]]
 
 
