@@ -71,6 +71,7 @@ LOSSES: tuple[dict[str, Any], ...] = (
 VARIANTS = (
     Trial("sdm, 1 head", "sdm", {"heads": 1}),
     Trial("sdm, no gate", "sdm", {"gate": False}),
+    Trial("sdm, 50 of 60 days", "sdm", {"long": 50, "long_days": 60.0}),
 )
 
 

@@ -36,7 +36,6 @@ class Config(RecallConfig):
         layers: LSTMs one on the other; the input of each but the first is added to its output.
         heads: kinds of interest that the self-attention tells apart.
         gate: mixes short and long term by a gate; without it they are added.
-        prefixes: as of any recall model; what a history from before the log has no times for is no session.
     """
 
     short: int = 50
@@ -48,7 +47,6 @@ class Config(RecallConfig):
     gate: bool = True
     dropout: float = 0.1
     sample: int = 8192
-    prefixes: int = 0
 
 
 def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
