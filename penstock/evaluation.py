@@ -14,6 +14,7 @@ from penstock import metrics
 from penstock.events import LABELS
 from penstock.examples import pad, read_slice
 from penstock.features import HISTORY_LENGTH, PRIOR_IMPRESSIONS
+from penstock.ranking import BINARY, WATCH_TIME
 from penstock.scoring import feed, score_rows
 from penstock.training import RECALL_LABEL
 
@@ -131,7 +132,7 @@ def retrieve(signature: tf.types.experimental.ConcreteFunction, queries: pl.Data
 
 
 def predict(examples: Path, saved_model: Path, part: str) -> pl.DataFrame:
-    """A slice's rows with each head's probability, and what the gate compares by: popularity, new users and items.
+    """A slice's rows with what each head says, and what the gate compares by: popularity, new users and items.
 
     An item's popularity for a label is its rate of that label in the training slice, smoothed by `PRIOR_IMPRESSIONS` at
     the mean rate; an item that was not there has the mean rate.
@@ -146,10 +147,10 @@ def predict(examples: Path, saved_model: Path, part: str) -> pl.DataFrame:
         }
     )
     scores = score_rows(saved_model, rows)
-    keys = ["event_id", "user_id", "item_id", "event_time", "scenario", *LABELS]
+    keys = ["event_id", "user_id", "item_id", "event_time", "scenario", *BINARY, "watch_time_ms"]
     return (
         rows.select(keys)
-        .with_columns(**{f"p_{label}": pl.Series(scores[label]) for label in LABELS})
+        .with_columns(**{f"p_{task}": pl.Series(values) for task, values in scores.items()})
         .join(popularity, "item_id", how="left", maintain_order="left")
         .with_columns(
             *(pl.col(f"popularity_{label}").fill_null(rate) for label, rate in rates.items()),
@@ -160,11 +161,25 @@ def predict(examples: Path, saved_model: Path, part: str) -> pl.DataFrame:
 
 
 def rank_metrics(predictions: pl.DataFrame) -> dict[str, float]:
-    """AUC and GAUC of each head for its own label."""
+    """AUC, GAUC, log loss and calibration error of each probability; of watch time the error and the mean's.
+
+    A slice without a positive of a task that is not ranked for has no AUC of it.
+    `watch_time_error` is the mean absolute error in seconds; `watch_time_bias` the mean that is expected over that
+    which was, less 1.
+    """
     users = predictions["user_id"].to_numpy()
     figures = {}
-    for label in LABELS:
-        labels, scores = predictions[label].to_numpy(), predictions[f"p_{label}"].to_numpy()
-        figures[f"auc_{label}"] = metrics.auc(labels, scores)
-        figures[f"gauc_{label}"] = metrics.gauc(labels, scores, users)
+    for task in BINARY:
+        if f"p_{task}" not in predictions.columns:
+            continue
+        labels, scores = predictions[task].to_numpy(), predictions[f"p_{task}"].to_numpy()
+        if task in LABELS or labels.min() < labels.max():
+            figures[f"auc_{task}"] = metrics.auc(labels, scores)
+            figures[f"gauc_{task}"] = metrics.gauc(labels, scores, users)
+        figures[f"log_loss_{task}"] = metrics.log_loss(labels, scores)
+        figures[f"calibration_error_{task}"] = metrics.calibration(labels, scores).error
+    if f"p_{WATCH_TIME}" in predictions.columns:
+        expected, watched = predictions[f"p_{WATCH_TIME}"].to_numpy(), predictions["watch_time_ms"].to_numpy() / 1000
+        figures["watch_time_error"] = float(np.abs(expected - watched).mean())
+        figures["watch_time_bias"] = float(expected.mean() / watched.mean() - 1.0)
     return figures

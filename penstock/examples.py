@@ -271,8 +271,3 @@ def write_examples(
 def read_slice(examples: Path, name: str) -> pl.DataFrame:
     """The rows of `train`, `validation` or `test` in order of time."""
     return pl.read_parquet(examples / f"{name}.parquet")
-
-
-def labels_of(rows: pl.DataFrame) -> dict[str, np.ndarray]:
-    """The ranked labels by name, float32 `[rows]`."""
-    return {label: rows[label].cast(pl.Float32).to_numpy() for label in LABELS}

@@ -12,6 +12,7 @@ import tensorflow as tf
 from penstock import index
 from penstock.catalogue import Catalogue
 from penstock.examples import FIRST, LIMIT, PADDING, UNKNOWN, Feature, Schema
+from penstock.ranking import Ranking
 from penstock.retrieval import EXAMPLE_AGE, Retrieval
 from penstock.training import item_vectors
 
@@ -93,14 +94,14 @@ class _Recall(tf.Module):
 
 
 class _Rank(tf.Module):
-    def __init__(self, model: keras.Model, encoder: _Encoder) -> None:
+    def __init__(self, model: Ranking, encoder: _Encoder) -> None:
         super().__init__()
         self._model = model
         self._encoder = encoder
         self.predict = tf.function(self._predict, input_signature=[encoder.specs()])
 
     def _predict(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return dict(self._model(self._encoder(raw), training=False))
+        return self._model.scores(self._encoder(raw))
 
 
 def _save(module: tf.Module, name: str, path: Path) -> None:
@@ -139,9 +140,9 @@ def export_recall(
     return {"items": len(ids), "recall@200": search.recall}
 
 
-def export_rank(model: keras.Model, schema: Schema, out: Path) -> None:
-    """Writes `saved_model/` with the signature `predict`."""
-    names = {tensor.name for tensor in model.inputs}
+def export_rank(model: Ranking, schema: Schema, out: Path) -> None:
+    """Writes `saved_model/` with the signature `predict`: `Ranking.scores` of raw features."""
+    names = {tensor.name for tensor in model.shared.inputs}
     encoder = _Encoder(tuple(feature for feature in schema.features if feature.name in names), schema)
     module = _Rank(model, encoder)
     _save(module, "predict", out / "saved_model")

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import polars as pl
+import tensorflow as tf
 
 import penstock
-from penstock import objectives, optimizers
+from penstock import calibration, objectives, optimizers
 from penstock.catalogue import Catalogue
-from penstock.examples import FIRST, Schema, encode_ids, labels_of, read_slice
+from penstock.examples import FIRST, Schema, encode_ids, read_slice
 from penstock.fitting import Checkpoint, Measure, Rows, TrainingError, check, fit
+from penstock.metrics import log_loss
+from penstock.ranking import BINARY, WATCH_TIME, RankConfig, Ranking
 from penstock.retrieval import EXAMPLE_AGE, RecallConfig, Retrieval
 
 RECALL_LABEL = "long_view"
@@ -25,6 +28,9 @@ RECALL_LABEL = "long_view"
 
 VALIDATION_ROWS = 5000
 """So many rows of the validation slice say after each epoch how good a recall model is, against all items."""
+
+SCORED = 4096
+"""So many rows are scored at once."""
 
 HISTORY = ("history_items", "history_times", "history_sessions")
 """The lists that have a value for each of a user's long views."""
@@ -81,32 +87,29 @@ def train_rank(
     config = penstock.config(module, overrides)
     schema = Schema.load(examples / "schema")
     keras.utils.set_random_seed(seed)
-    model = module.build(config, schema)
-    names = [tensor.name for tensor in model.inputs]
-    sets = {}
-    for part in ("train", "validation"):
-        rows = read_slice(examples, part)
-        encoded = schema.encode_rows(rows)
-        sets[part] = ({name: encoded[name] for name in names}, labels_of(rows))
-    check(*sets["train"])
-    size = config.settings.batch_size
-    train, validation = Rows(*sets["train"], size), Rows(*sets["validation"], size)
-    optimizer = optimizers.build("adam", config.settings.learning_rate)
-    model.compile(optimizer, loss=dict.fromkeys(sets["train"][1], "binary_crossentropy"))
-
-    def losses() -> dict[str, float]:
-        found = model.evaluate(validation.batches(), return_dict=True, verbose=0)
-        return {f"val_{name}": value for name, value in found.items()}
-
+    rows = {part: read_slice(examples, part) for part in ("train", "validation")}
+    targets = {part: _targets(rows[part], config) for part in rows}
+    model = Ranking(module.build(config, schema), config, _mean_seconds(targets["train"]))
+    model.build()
+    inputs = {part: _rank_inputs(model, rows[part], schema) for part in rows}
+    check(inputs["train"], {task: values for task, values in targets["train"].items() if task in BINARY})
+    model.compile(optimizers.build("adam", config.learning_rate))
+    validation = Rows(inputs["validation"], (), SCORED)
     history = fit(
         model,
-        train,
-        Measure("val_loss", losses, -1),
+        Rows(inputs["train"], targets["train"], config.batch_size),
+        _log_losses(model, validation, targets["validation"]),
         config.settings,
         seed,
         _checkpoint(checkpoint, examples, name, config, seed),
     )
     _write(out, model, name, config, seed, history)
+    predicted = _predicted(model.uncalibrated, validation)
+    calibrators = {
+        task: _calibrator(task, targets["validation"][task], predicted[task], config) for task in config.tasks
+    }
+    described = {task: calibration.to_json(one) for task, one in calibrators.items() if one}
+    (out / "calibration.json").write_text(json.dumps(described, indent=1))
 
 
 def load_recall(examples: Path, trained: Path) -> tuple[Retrieval, Schema]:
@@ -120,14 +123,65 @@ def load_recall(examples: Path, trained: Path) -> tuple[Retrieval, Schema]:
     return model, schema
 
 
-def load_rank(examples: Path, trained: Path) -> tuple[keras.Model, Schema]:
+def load_rank(examples: Path, trained: Path) -> tuple[Ranking, Schema]:
     """The trained rank model of a directory, and the schema it was built for."""
     about = json.loads((trained / "config.json").read_text())
     schema = Schema.load(examples / "schema")
     module = penstock.module("rank", about["model"])
-    model = module.build(penstock.config(module, about["config"]), schema)
+    config = penstock.config(module, about["config"])
+    model = Ranking(module.build(config, schema), config)
+    model.build()
     model.load_weights(trained / "model.weights.h5")
+    described = json.loads((trained / "calibration.json").read_text())
+    model.calibrators = {task: calibration.from_json(one) for task, one in described.items()}
     return model, schema
+
+
+def _targets(rows: pl.DataFrame, config: RankConfig) -> dict[str, np.ndarray]:
+    """What each task learns, float32 `[rows]` by name: 0 or 1, or seconds."""
+    columns = {task: pl.col("watch_time_ms") / 1000 if task == WATCH_TIME else pl.col(task) for task in config.tasks}
+    return {task: rows.select(column.cast(pl.Float32)).to_series().to_numpy() for task, column in columns.items()}
+
+
+def _mean_seconds(targets: Mapping[str, np.ndarray]) -> float:
+    """The unit of watch time."""
+    return max(float(np.mean(targets[WATCH_TIME])), 1.0) if WATCH_TIME in targets else 1.0
+
+
+def _rank_inputs(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
+    """What a rank model reads of some rows, encoded."""
+    names = {tensor.name for tensor in model.shared.inputs}
+    return {
+        feature.name: schema.encode(feature, rows[feature.name]) for feature in schema.features if feature.name in names
+    }
+
+
+def _predicted(predict: Callable[[Any], dict[str, Any]], rows: Rows) -> dict[str, np.ndarray]:
+    """What a method of a rank model says of rows, `[rows]` by name."""
+    graph = tf.function(predict, jit_compile=False)
+    parts = [{name: np.asarray(values) for name, values in graph(inputs).items()} for inputs, _ in rows.batches()]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _log_losses(model: Ranking, rows: Rows, targets: Mapping[str, np.ndarray]) -> Measure:
+    """The log loss of each probability, and their sum."""
+    tasks = [task for task in model.config.tasks if task in BINARY]
+
+    def figures() -> dict[str, float]:
+        predicted = _predicted(model.scores, rows)
+        found = {f"val_{task}": log_loss(targets[task], predicted[task]) for task in tasks}
+        return {"val_loss": sum(found.values()), **found}
+
+    return Measure("val_loss", figures, -1)
+
+
+def _calibrator(
+    task: str, observed: np.ndarray, predicted: np.ndarray, config: RankConfig
+) -> calibration.Calibrator | None:
+    """Fitted on what was observed; None where it is not asked for, or a rare label was observed nowhere."""
+    if config.calibration == "none" or (task in BINARY and observed.min() == observed.max()):
+        return None
+    return calibration.fit("scale" if task == WATCH_TIME else config.calibration, observed, predicted)
 
 
 def item_vectors(model: Retrieval, indices: np.ndarray) -> np.ndarray:

@@ -110,8 +110,6 @@ def embed(
             continue
         if feature.vocabulary not in tables:
             initializer = keras.initializers.RandomUniform(-scale, scale)
-            tables[feature.vocabulary] = Embedding(
-                schema.size(feature.vocabulary), dim, initializer, name=f"embed_{feature.vocabulary}"
-            )
+            tables[feature.vocabulary] = Embedding(schema.size(feature.vocabulary), dim, initializer)
         vectors.append(tables[feature.vocabulary](value, mean=feature.kind == "ids"))
     return vectors

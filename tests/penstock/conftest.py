@@ -30,8 +30,6 @@ def joined_rows(rows: int = 3000, users: int = 60, items: int = 40, seed: int = 
         "outcome_time": pl.Series([None] * rows, dtype=pl.Datetime("us", "UTC")),
         "session_id": pl.Series([None] * rows, dtype=pl.Int64),
         "position": pl.Series([None] * rows, dtype=pl.Int64),
-        "profile_enter": np.zeros(rows, np.int8),
-        "watch_time_ms": np.zeros(rows, np.int64),
         "release": pl.Series([None] * rows, dtype=pl.Int64),
         "variant": pl.Series([None] * rows, dtype=pl.String),
         "features_time": pl.Series([None] * rows, dtype=pl.Datetime("us", "UTC")),
@@ -60,6 +58,8 @@ def joined_rows(rows: int = 3000, users: int = 60, items: int = 40, seed: int = 
         for end, length in zip(ends_ms, lengths, strict=True)
     ]
     columns["history_sessions"] = [np.sort(random.integers(-1, 3, length)).tolist() for length in lengths]
+    columns["profile_enter"] = (good & (random.random(rows) < 0.2)).astype(np.int8)
+    columns["watch_time_ms"] = (good * random.exponential(20_000, rows)).astype(np.int64)
     frame = pl.DataFrame(columns)
     ordered = [*EVENTS.schema, *(name for name in frame.columns if name not in EVENTS.schema)]
     return frame.with_columns(pl.col("event_time", "created_time").cast(pl.Datetime("us", "UTC"))).select(ordered)

@@ -193,8 +193,8 @@ def test_unknown_parameters_and_values_of_another_type_are_named(kind, name, exa
 @pytest.mark.parametrize("name", RANK)
 def test_no_rank_model_reads_the_position(name, examples):
     module = penstock.module("rank", name)
-    model = module.build(module.Config(), Schema.load(examples / "schema"))
-    assert "position" not in {tensor.name for tensor in model.inputs}
+    trunk = module.build(module.Config(), Schema.load(examples / "schema"))
+    assert "position" not in {tensor.name for tensor in trunk.shared.inputs}
 
 
 def test_an_unknown_model_is_answered_with_those_there_are():

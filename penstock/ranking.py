@@ -1,0 +1,318 @@
+"""A rank model: what its tasks share, a tower a task, and a head a task, trained and served as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from penstock.calibration import Calibrator
+from penstock.events import LABELS
+from penstock.examples import Schema, Side
+from penstock.fitting import Settings
+from penstock.layers.embedding import embed
+from penstock.layers.task_weights import HomoscedasticWeights
+from penstock.losses.multitask import binary_cross_entropy, pareto, unweighted_logits
+from penstock.losses.uncertain import (
+    binary_uncertainty,
+    bounded,
+    logit_normal_nll,
+    logit_normal_probability,
+    normal_quantiles,
+    regression_uncertainty,
+)
+from penstock.losses.watch_time import (
+    expected_watch_time,
+    log_normal_expectation,
+    log_normal_nll,
+    weighted_logistic,
+)
+
+BINARY = (*LABELS, "profile_enter")
+"""Tasks whose head is a probability."""
+
+WATCH_TIME = "watch_time"
+"""The task whose head is an expectation, in seconds."""
+
+TASKS = (*BINARY, WATCH_TIME)
+
+WEIGHTINGS = ("fixed", "uncertainty", "pareto")
+
+CALIBRATIONS = ("temperature", "isotonic", "none")
+
+NOISE = normal_quantiles(16)
+"""The logit of a head with a variance is integrated over these quantiles: without chance, in training as in serving."""
+
+SIDES: tuple[Side, ...] = ("user", "item", "context")
+"""What of the schema rank models read."""
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """How a rank model is trained; each model's own `Config` adds its parameters and its defaults.
+
+    Attributes:
+        dim: width of embeddings.
+        embedding_scale: they start uniform in ± this.
+        match: width of the product of user and item.
+        tower_units: layers of a task's own, between what is shared and its head.
+        tasks: what is learnt, of `TASKS`; those of `penstock.events.LABELS` are served and always among them.
+        loss_weights: by task; 1 if not named.
+        positive_weights: of rows whose label is 1, by task; 1 if not named. Probabilities are corrected for it.
+        weighting: of the tasks' losses, beside `loss_weights`: `fixed`; `uncertainty`, by a noise of each task that is
+            learnt (Kendall, Gal & Cipolla 2018); `pareto`, by the combination of gradients that is best for all (Sener
+            & Koltun 2018).
+        variance: heads have a variance of their own: of the logit, and of log(1 + seconds) (Kendall & Gal 2017).
+        passes: so many passes with dropout left on are served as their mean, and with how uncertain it is. 0: one
+            without dropout.
+        calibration: of each probability on the validation slice, a name in `penstock.calibration`, or `none`.
+    """
+
+    dim: int = 32
+    embedding_scale: float = 0.2
+    match: int = 48
+    tower_units: tuple[int, ...] = (24,)
+    activation: str = "relu"
+    dropout: float = 0.1
+    tasks: tuple[str, ...] = TASKS
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    positive_weights: Mapping[str, float] = field(default_factory=dict)
+    weighting: str = "fixed"
+    variance: bool = False
+    passes: int = 0
+    calibration: str = "temperature"
+    epochs: int = 3
+    batch_size: int = 512
+    learning_rate: float = 0.002
+    patience: int = 1
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.epochs, self.batch_size, self.learning_rate, self.patience)
+
+
+class Trunk(NamedTuple):
+    """What a file in `rank/` builds.
+
+    Attributes:
+        shared: encoded features by name → what the tasks share, a tensor or several, `[batch, …]`; by task if each has
+            its own.
+        towers: by task, of what is shared → `[batch, units]`.
+    """
+
+    shared: keras.Model
+    towers: Mapping[str, keras.layers.Layer]
+
+
+def join(config: RankConfig, schema: Schema, inputs: dict[str, keras.KerasTensor]) -> keras.KerasTensor:
+    """What every rank model reads: embeddings and numbers of user, item and context, and how user and item match.
+
+    `x = [user; item; context; (A·user) ∘ (B·item)]` `[batch, width]`: without the product an MLP learns slowly which
+    user meets which item (Rendle et al., RecSys 2020, arXiv 2005.09683).
+
+    Args:
+        inputs: of the encoded features of all `SIDES`, by name.
+    """
+    features = schema.of(*SIDES)
+    vectors = embed(inputs, features, schema, config.dim, config.embedding_scale)
+    by_side = {
+        side: ops.concatenate([v for f, v in zip(features, vectors, strict=True) if f.side == side], axis=-1)
+        for side in SIDES
+    }
+    match = keras.layers.Dense(config.match)(by_side["user"]) * keras.layers.Dense(config.match)(by_side["item"])
+    return ops.concatenate([*by_side.values(), match], axis=-1)
+
+
+def dense(config: RankConfig, units: tuple[int, ...]) -> keras.Sequential:
+    """Dense layers, each with dropout behind it."""
+    layers = []
+    for width in units:
+        layers += [keras.layers.Dense(width, config.activation), keras.layers.Dropout(config.dropout)]
+    return keras.Sequential(layers)
+
+
+def tower(config: RankConfig) -> keras.Sequential:
+    """The layers of one task's own, below its head."""
+    return keras.Sequential([keras.layers.Dense(units, config.activation) for units in config.tower_units])
+
+
+class Head(NamedTuple):
+    """What a head says, `[batch]` each: a logit, and with `RankConfig.variance` the log of its variance.
+
+    Of `WATCH_TIME` the logit's odds are the expected seconds; with a variance it is the mean of log(1 + seconds).
+    """
+
+    mean: Any
+    log_variance: Any = None
+
+
+class Ranking(keras.Model):
+    """Trains a trunk for its tasks; `scores` is what is served.
+
+    Inputs are encoded features by name. Targets are by task, float32 `[batch]`: 0 or 1, of `WATCH_TIME` seconds.
+
+    Args:
+        seconds: the mean watch time of a training row, the unit in which it is learnt.
+
+    Attributes:
+        calibrators: by task, what makes its head right on average; fitted after training.
+
+    Raises:
+        ValueError: tasks or weights of tasks that there are not, or an unknown weighting.
+    """
+
+    def __init__(self, trunk: Trunk, config: RankConfig, seconds: float = 1.0) -> None:
+        super().__init__()
+        check_tasks(config)
+        self.config = config
+        self.shared = trunk.shared
+        self.towers = dict(trunk.towers)
+        outputs = 2 if config.variance else 1
+        self.heads = {task: keras.layers.Dense(outputs, name=f"head_{task}") for task in config.tasks}
+        if config.weighting == "uncertainty":
+            self.task_weights = HomoscedasticWeights({task: _kind(task, config) for task in config.tasks})
+        self.seconds = self.add_weight((), keras.initializers.Constant(seconds), trainable=False, name="seconds")
+        self.calibrators: dict[str, Calibrator] = {}
+
+    def build(self, input_shape: Any = None) -> None:
+        """Makes the weights of towers and heads; what is shared has its own already."""
+        shared = keras.tree.map_structure(lambda tensor: ops.zeros((1, *tensor.shape[1:])), self.shared.output)
+        self.heads_of(shared)
+        if self.config.weighting == "uncertainty":
+            self.task_weights.build()
+        self.built = True
+
+    def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
+        return self.shared(inputs, training=training)
+
+    def heads_of(self, shared: Any, training: bool = False) -> dict[str, Head]:
+        """The heads, by task."""
+        found = {}
+        for task, head in self.heads.items():
+            outputs = head(self.towers[task](_of(task, shared), training=training))
+            found[task] = Head(outputs[:, 0], bounded(outputs[:, 1]) if self.config.variance else None)
+        return found
+
+    def losses_of(self, shared: Any, targets: dict[str, Any], training: bool) -> dict[str, Any]:
+        """The mean loss of each task times its weight, `[]` by name."""
+        return {
+            task: self.config.loss_weights.get(task, 1.0) * ops.mean(self._row_losses(task, head, targets[task]))
+            for task, head in self.heads_of(shared, training).items()
+        }
+
+    def _row_losses(self, task: str, head: Head, target: Any) -> Any:
+        """The loss of each row, `[batch]`."""
+        if task == WATCH_TIME:
+            if head.log_variance is not None:
+                return log_normal_nll(target, *head)
+            seconds = target / self.seconds
+            return weighted_logistic(seconds, ops.ones_like(seconds), head.mean, exact=True)
+        weight = self.config.positive_weights.get(task, 1.0)
+        if head.log_variance is None:
+            return binary_cross_entropy(target, head.mean, weight)
+        return (1.0 + (weight - 1.0) * target) * logit_normal_nll(target, *head, NOISE)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        if self.config.weighting == "pareto":
+            total, _ = pareto(lambda shared: self.losses_of(shared, y, training), y_pred)
+        else:
+            losses = self.losses_of(y_pred, y, training)
+            weighted = self.config.weighting == "uncertainty"
+            total = self.task_weights(losses) if weighted else ops.sum(ops.stack([*losses.values()]))
+        return ops.sum(ops.stack([total, *self.losses]))
+
+    def uncalibrated(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Logits of probabilities and seconds by task, `[batch]`; `TASK_epistemic` and `TASK_aleatoric` if asked for.
+
+        With `RankConfig.passes` dropout stays on and the mean over so many passes is taken, of probabilities and of
+        seconds. The variance of a label is in two parts, of which more data takes away the first: the passes' means
+        differ, and each has a variance of its own. That of watch time is of log(1 + seconds), and without
+        `RankConfig.variance` it has the first part alone.
+        """
+        passes = self.config.passes
+        repeated = {name: ops.concatenate([value] * passes) for name, value in inputs.items()} if passes else inputs
+        heads = self.heads_of(self.shared(repeated, training=passes > 0), training=passes > 0)
+        found: dict[str, Any] = {}
+        for task, head in heads.items():
+            if not passes and head.log_variance is None and task != WATCH_TIME:
+                found[task] = unweighted_logits(head.mean, self.config.positive_weights.get(task, 1.0))
+                continue
+            predicted = self._expected(task, head)
+            if not passes:
+                found[task] = _logit(predicted) if task in BINARY else predicted
+                continue
+            of_passes = ops.reshape(predicted, (passes, -1))
+            mean = ops.mean(of_passes, axis=0)
+            if task in BINARY:
+                found[task] = _logit(mean)
+                parts = binary_uncertainty(of_passes)
+                found |= {f"{task}_epistemic": parts.epistemic, f"{task}_aleatoric": parts.aleatoric}
+                continue
+            found[task] = mean
+            if head.log_variance is None:
+                found[f"{task}_epistemic"] = ops.var(ops.log1p(of_passes), axis=0)
+            else:
+                means, variances = head.mean, ops.exp(head.log_variance)
+                parts = regression_uncertainty(*(ops.reshape(part, (passes, -1)) for part in (means, variances)))
+                found |= {f"{task}_epistemic": parts.epistemic, f"{task}_aleatoric": parts.aleatoric}
+        return found
+
+    def _expected(self, task: str, head: Head) -> Any:
+        """A head's probability, or its seconds, `[batch]`."""
+        if task == WATCH_TIME:
+            if head.log_variance is None:
+                return self.seconds * expected_watch_time(head.mean)
+            return log_normal_expectation(*head)
+        weight = self.config.positive_weights.get(task, 1.0)
+        if head.log_variance is None:
+            return ops.sigmoid(unweighted_logits(head.mean, weight))
+        return ops.sigmoid(unweighted_logits(_logit(logit_normal_probability(*head, NOISE)), weight))
+
+    def scores(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What serving answers, `[batch]` by task: calibrated probabilities, the expected seconds of `WATCH_TIME`.
+
+        What else `uncalibrated` gives is among it.
+        """
+        found = self.uncalibrated(inputs)
+        for task in self.config.tasks:
+            if task in self.calibrators:
+                found[task] = self.calibrators[task].graph(found[task])
+            elif task in BINARY:
+                found[task] = ops.sigmoid(found[task])
+        return found
+
+
+def _kind(task: str, config: RankConfig) -> str:
+    """What the loss of a task is to `HomoscedasticWeights`."""
+    return "likelihood" if task == WATCH_TIME and config.variance else "classification"
+
+
+def _logit(probabilities: Any) -> Any:
+    kept = ops.clip(probabilities, 1e-7, 1.0 - 1e-7)
+    return ops.log(kept) - ops.log1p(-kept)
+
+
+def _of(task: str, shared: Any) -> Any:
+    return shared[task] if isinstance(shared, dict) else shared
+
+
+def check_tasks(config: RankConfig) -> None:
+    """Refuses tasks and ways that there are not, and a model without the tasks that are ranked for.
+
+    Raises:
+        ValueError: says which.
+    """
+    unknown = sorted({*config.tasks, *config.loss_weights, *config.positive_weights} - set(TASKS))
+    if unknown:
+        raise ValueError(f"unknown task {', '.join(unknown)}: there are {', '.join(TASKS)}")
+    missing = [task for task in LABELS if task not in config.tasks]
+    if missing:
+        raise ValueError(f"tasks lack {', '.join(missing)}: what is ranked for is learnt")
+    for name, known in (("weighting", WEIGHTINGS), ("calibration", CALIBRATIONS)):
+        if getattr(config, name) not in known:
+            raise ValueError(f"unknown {name} {getattr(config, name)!r}: there are {', '.join(known)}")
