@@ -1,0 +1,122 @@
+"""The losses of several tasks: one binary label, and a sum of tasks that no task loses by."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+_MOST_TASKS = 10
+_RIDGE = 1e-11
+_TIE = 1e-12
+
+
+def binary_cross_entropy(labels: Any, logits: Any, positive_weight: float = 1.0) -> Any:
+    """`w y softplus(−s) + (1 − y) softplus(s)`: the logistic loss from logits, positives weighing w, `[batch]`.
+
+    The weight multiplies the odds: what is learned is `s = log w + log(p / (1 − p))`. `unweighted_logits` takes it off.
+
+    Args:
+        labels: 0 or 1, or a probability, `[batch]`.
+        logits: s, `[batch]`.
+        positive_weight: w, above 0.
+    """
+    return positive_weight * labels * ops.softplus(-logits) + (1.0 - labels) * ops.softplus(logits)
+
+
+def unweighted_logits(logits: Any, positive_weight: float) -> Any:
+    """`s − log w`: logits learned with positives that weigh w, such that their sigmoid is the probability again."""
+    return logits - math.log(positive_weight)
+
+
+def min_norm(gram: Any) -> Any:
+    """The weights `α ≥ 0, Σ α_t = 1` that make `‖Σ α_t g_t‖²` smallest, of the Gram matrix `⟨g_t, g_u⟩`.
+
+    With `d = Σ α_t g_t` all `⟨g_t, d⟩ ≥ ‖d‖²`: a step along −d makes no task worse to first order, and `d = 0` where no
+    direction does so, at a Pareto-stationary point. Désidéri 2012; Sener & Koltun, NeurIPS 2018, eq. 3.
+
+    Among the tasks that have weight, `α ∝ G⁻¹ 1`: all 2^tasks − 1 sets are solved at once, and the best one is it. For
+    two tasks that is their eq. 4. Their Algorithm 2 (Frank-Wolfe) takes hundreds of steps to a rough answer where
+    several tasks share the weight, and more the more the gradients differ in length; few tasks have few sets.
+
+    The shortest gradients get most of the weight, as d is no longer than any: scale losses of different units first. A
+    gradient of 0 gets all. Gradients that are alike share theirs equally, as the largest of equally good sets is taken.
+
+    Args:
+        gram: `[tasks, tasks]`; best float64, in which opposite gradients stay opposite.
+
+    Returns:
+        α, float64 `[tasks]`.
+
+    Raises:
+        ValueError: more than 10 tasks.
+    """
+    gram = tf.cast(gram, tf.float64)
+    tasks = gram.shape[0]
+    if tasks > _MOST_TASKS:
+        raise ValueError(f"the sets of {tasks} tasks are too many to solve each; at most {_MOST_TASKS} are")
+    sets = _sets(tasks)
+    lengths = tf.sqrt(tf.linalg.diag_part(gram))
+    lengths = tf.maximum(lengths, tf.maximum(1e-12 * tf.reduce_max(lengths), 1e-150))
+    # with gradients of length 1 no scale is lost in rounding: G = D Ĝ D, α = D⁻¹ β, Ĝ β ∝ D⁻¹ 1
+    inverse = tf.reduce_min(lengths) / lengths
+    cosines = gram / (lengths[:, None] * lengths[None, :])
+    # of gradients that are not finite the weights are not either; the solver would end the program
+    cosines = tf.where(tf.math.is_finite(cosines), cosines, 0.0)
+    # a task outside the set has an equation of its own, 1 · β = 0; the ridge decides between gradients that are alike
+    systems = sets[:, :, None] * cosines * sets[:, None, :] + tf.linalg.diag(1.0 - sets + _RIDGE)
+    weights = inverse * tf.linalg.solve(systems, (sets * inverse)[:, :, None])[:, :, 0]
+    weights = tf.maximum(weights / tf.reduce_sum(weights, axis=1, keepdims=True), 0.0)
+    weights /= tf.reduce_sum(weights, axis=1, keepdims=True)
+    scaled = weights / inverse
+    norms = tf.einsum("st,tu,su->s", scaled, cosines, scaled)
+    best = norms <= tf.reduce_min(norms) + _TIE
+    return weights[tf.argmax(tf.cast(best, tf.int32))]
+
+
+def _sets(tasks: int) -> np.ndarray:
+    """Which tasks are in each set but the empty one, 0 or 1, `[2^tasks − 1, tasks]`; the largest sets first."""
+    sets = np.array(list(itertools.product([1.0, 0.0], repeat=tasks)))[:-1]
+    return sets[np.argsort(-sets.sum(axis=1), kind="stable")]
+
+
+def pareto(losses: Callable[[Any], Mapping[str, Any]], shared: Any) -> tuple[Any, dict[str, Any]]:
+    """`Σ α_t L_t` with the α of `min_norm`, of the gradients of each loss to what the tasks share.
+
+    Those gradients stand for the ones to the shared parameters: their smallest combination bounds that of the latter,
+    and is 0 at the same points where the parameters reach every representation (MGDA-UB: Sener & Koltun, NeurIPS 2018,
+    section 3.3). They need a pass back through each task's tower alone, not through what is shared. No gradient flows
+    through α. The towers' own gradients are those of the weighted sum too, as in one loss; their Algorithm 2 leaves
+    them unweighted.
+
+    Args:
+        losses: what is shared → the loss of each task, `[]`; called once, under a tape of its own within the caller's.
+        shared: `[batch, dim]`, or a structure of such.
+
+    Returns:
+        The sum `[]`, and α by task, `[]` each.
+
+    Raises:
+        ValueError: a loss that does not depend on what is shared; its gradient of 0 would get all the weight.
+    """
+    parts = tf.nest.flatten(shared)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(parts)
+        by_task = dict(losses(shared))
+    gradients = []
+    for task, loss in by_task.items():
+        found = tape.gradient(loss, parts)
+        if all(gradient is None for gradient in found):
+            raise ValueError(f"the loss of {task} does not depend on what the tasks share")
+        whole = [tf.zeros_like(part) if one is None else one for part, one in zip(parts, found, strict=True)]
+        gradients.append(tf.concat([tf.reshape(tf.cast(one, tf.float64), [-1]) for one in whole], axis=0))
+    del tape
+    matrix = tf.stack(gradients)
+    alpha = tf.cast(tf.stop_gradient(min_norm(tf.matmul(matrix, matrix, transpose_b=True))), tf.float32)
+    weights = dict(zip(by_task, tf.unstack(alpha, num=len(by_task)), strict=True))
+    return tf.add_n([weights[task] * tf.cast(loss, tf.float32) for task, loss in by_task.items()]), weights
