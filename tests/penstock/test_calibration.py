@@ -120,8 +120,9 @@ def test_blocks_are_those_of_the_loops_and_of_scikit_learn(levels, monkeypatch):
     np.testing.assert_allclose(steps.predict(ends), [hits / n for n, hits, _ in inner[1:-1]], rtol=1e-12)
 
 
-def test_small_blocks_are_joined_and_the_line_is_through_their_rates():
-    labels, scores = rows(5000, 0.1)
+@pytest.mark.parametrize("seed", range(4))
+def test_small_blocks_are_joined_and_the_line_is_through_their_rates(seed):
+    labels, scores = rows(5000, 0.1, seed)
     found = fit_isotonic(labels, scores)
     joined, left = [], [0, 0]
     for n, hits, _ in pooled(labels, scores):
