@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -17,8 +17,9 @@ INDEX = $(or $(UV_DEFAULT_INDEX),$(shell $(PYTHON) -m pip config get global.inde
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-# Peers that the recall benchmarks are held against, in an environment of their own.
+# Peers that the recall and the rank benchmarks are held against, in environments of their own.
 PEERS := build/peers/recall/.ready
+TREES := build/peers/rank/.ready
 
 # What the tests of the feature stores start themselves, on ports and in directories of their own.
 SERVERS := redis-server postgresql openjdk-17-jre-headless
@@ -27,7 +28,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed features-doc lock clean
+.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed features-doc lock clean
 
 setup: $(READY)
 
@@ -45,9 +46,9 @@ $(READY): requirements.lock | $(UV)
 		| sed -u "/^ [-+~] /d"
 	@touch $@
 
-$(PEERS): benchmarks/recall-peers.lock | $(UV) $(READY)
+build/peers/%/.ready: benchmarks/%-peers.lock | $(UV) $(READY)
 	@$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) $(@D)
-	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip sync -q --python $(@D)/bin/python --require-hashes benchmarks/recall-peers.lock
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip sync -q --python $(@D)/bin/python --require-hashes $<
 	@touch $@
 
 # Without root or apt the tests go on, and those that need a server say which is missing.
@@ -98,18 +99,26 @@ bench-recall: $(READY) $(PEERS)
 bench-recall-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
 	@$(BIN)/python -W ignore -m benchmarks.recall_speed $(if $(QUICK),--quick)
 
+# Every rank model beside gradient-boosted trees, 5 seeds each, in about three hours; QUICK=1 is a smaller form.
+bench-rank: $(READY) $(TREES)
+	@$(BIN)/python -W ignore -m benchmarks.rank $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
+
+# Training steps of MMoE beside PyTorch and DeepCTR, in some ten minutes; QUICK=1 is a smaller form.
+bench-rank-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
+	@$(BIN)/python -W ignore -m benchmarks.rank_speed $(if $(QUICK),--quick)
+
 $(TORCH): | $(UV)
 	@echo "Installing PyTorch into build/peers/torch (once, about 5 GB) ..."
 	@$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) build/peers/torch
 	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip install -q --python build/peers/torch torch==2.15.0 numpy==2.4.6
 	@touch $@
 
-# It is made for TensorFlow with Keras 2. The benchmark goes on without it.
+# It is made for TensorFlow with Keras 2, and brings DeepCTR. The benchmarks go on without it.
 $(DEEPMATCH): | $(UV)
-	@echo "Installing DeepMatch into build/peers/deepmatch (once, about 2 GB) ..."
+	@echo "Installing DeepMatch and DeepCTR into build/peers/deepmatch (once, about 2 GB) ..."
 	@-$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) build/peers/deepmatch && \
 		$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip install -q --python build/peers/deepmatch \
-		deepmatch==0.3.2 tensorflow==2.15.1 && touch $@
+		deepmatch==0.3.2 deepctr==0.9.4 tensorflow==2.15.1 && touch $@
 
 # The item index beside exact search and faiss at a million items, in some fifteen minutes; QUICK=1 is a smaller form.
 bench-index: $(READY) $(PEERS)
