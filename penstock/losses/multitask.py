@@ -96,7 +96,8 @@ def pareto(losses: Callable[[Any], Mapping[str, Any]], shared: Any) -> tuple[Any
 
     Args:
         losses: what is shared → the loss of each task, `[]`; called once, under a tape of its own within the caller's.
-        shared: `[batch, dim]`, or a structure of such.
+        shared: `[batch, dim]`, or a structure of such. Of tasks that each read a part of their own no conflict is seen:
+            their gradients are at right angles, and `α ∝ 1 / ‖g_t‖²`.
 
     Returns:
         The sum `[]`, and α by task, `[]` each.

@@ -266,6 +266,13 @@ def test_a_task_may_leave_part_of_what_is_shared_alone_but_not_all_of_it():
         pareto(lambda shared: {"task": tf.reduce_sum(shared), "alone": tf.constant(1.0)}, one)
 
 
+def test_tasks_with_parts_of_their_own_weigh_by_the_length_of_their_gradients_alone():
+    parts = {"one": tf.constant([[1.0]]), "two": tf.constant([[2.0]])}
+    factors = {"one": 1.0, "two": -3.0}
+    _, weights = pareto(lambda own: {task: factors[task] * tf.reduce_sum(own[task]) for task in own}, parts)
+    assert {task: float(value) for task, value in weights.items()} == pytest.approx({"one": 0.9, "two": 0.1})
+
+
 def _gradients_to_the_bottom(rows, targets, bottom, towers):
     with tf.GradientTape(persistent=True) as tape:
         losses = _losses_of(targets, towers)(tf.matmul(rows, bottom))
