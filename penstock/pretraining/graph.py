@@ -44,8 +44,8 @@ def learn(
     """The vectors `[known + 2, dim]`, and which of them say something: items with an attribute or a neighbour."""
     random = np.random.default_rng(seed)
     size = schema.size("item_id")
-    edges = drawn_pairs(sessions, size, random)
-    model = GraphSage(Nodes(catalogue, schema, size, (dim + 1) // 2, seed), edges, size, dim, seed)
+    nodes = Nodes(catalogue, schema, size, (dim + 1) // 2, seed)
+    model = GraphSage(nodes, edges_of(sessions, size, random), size, dim, seed)
     sampler = Unigram(counts(sessions, size), 0.75, seed)
 
     def loss(centre: Any, context: Any) -> Any:
@@ -65,6 +65,13 @@ def learn(
             learnt |= (values[:size].reshape(size, -1) != PADDING).any(axis=1)
     learnt[:FIRST] = False
     return model.exact(), learnt
+
+
+def edges_of(sessions: Sessions, size: int, random: np.random.Generator) -> np.ndarray:
+    """The pairs of an epoch, and those of items that were watched with others but have none there: `[edges, 2]`."""
+    drawn, near = drawn_pairs(sessions, size, random), pairs(sessions, 1)
+    both_ways = np.concatenate([near, near[:, ::-1]])
+    return np.concatenate([drawn, both_ways[~np.isin(both_ways[:, 0], drawn[:, 0])]])
 
 
 class Nodes(keras.layers.Layer):

@@ -16,7 +16,7 @@ from penstock.layers.embedding import Embedding
 from penstock.pretraining import Sessions, counts, descend, drawn_pairs, negative_sampling, pairs
 from penstock.samplers import Unigram
 
-EPOCHS = 4
+EPOCHS = 3
 NEGATIVES = 5.0
 SAMPLE = 128
 """How many items of noise a batch shares."""

@@ -265,6 +265,16 @@ def test_the_id_of_a_node_without_neighbours_says_nothing(communities):
     assert np.flatnonzero(changed).tolist() == [2, 3]
 
 
+def test_what_was_watched_with_others_has_an_edge_though_thinned_out():
+    others = np.arange(3, 103, dtype=np.int32)
+    sessions = Sessions(np.stack([np.full(100, 2, np.int32), others], 1).ravel(), np.repeat(np.arange(100), 2))
+    random = np.random.default_rng(0)
+    assert len(np.unique(drawn_pairs(sessions, 103, random)[:, 0])) < 101
+    edges = graph.edges_of(sessions, 103, random)
+    assert np.unique(edges[:, 0]).tolist() == [*range(2, 103)]
+    np.testing.assert_array_equal(np.unique(edges[edges[:, 0] > 2], axis=0)[:, 1], 2)
+
+
 def test_draws_are_neighbours_as_often_as_there_are_edges(communities):
     edges = np.array([[5, 3], [4, 6], [4, 6], [4, 7], [4, 6]], np.int32)
     model = small_model(communities, edges)
