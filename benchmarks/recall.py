@@ -99,8 +99,11 @@ def main() -> None:
     report(measured, [trial.name for trial in asked], goal=None if arguments.quick else 1.0)
 
 
-def make_examples(out: Path, data: Path | None) -> Path:
-    """Examples of KuaiRand-Pure, or of a small simulated log, made as the pipeline makes them; kept in `out`."""
+SMALL = simulator.Config(users=600, items=300, items_per_day=20, days=8)
+
+
+def make_examples(out: Path, data: Path | None, simulated: simulator.Config = SMALL) -> Path:
+    """Examples of KuaiRand-Pure, or of a simulated log, made as the pipeline makes them; kept in `out`."""
     if (out / "window.json").exists():
         return out
     shutil.rmtree(out, ignore_errors=True)
@@ -108,7 +111,7 @@ def make_examples(out: Path, data: Path | None) -> Path:
         log, home = Path(place) / "log", Path(place) / "home"
         log.mkdir()
         if data is None:
-            simulator.write_log(simulator.Config(users=600, items=300, items_per_day=20, days=8), log)
+            simulator.write_log(simulated, log)
         else:
             kuairand.write_log(kuairand.Config(path=str(data)), log)
         refresh(home, log, Path(place) / "features")

@@ -1,6 +1,6 @@
 """From a feed's event log to a recommender that is live: the library.
 
-The folder is the registry: `recall/foo.py`, `rank/foo.py` and `datasets/foo.py` are found by their names.
+The folder is the registry: `foo.py` in `recall/`, `rank/`, `pretraining/` or `datasets/` is found by its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def module(kind: str, name: str) -> ModuleType:
-    """The module `penstock.<kind>.<name>`, where kind is `recall`, `rank` or `datasets`.
+    """The module `penstock.<kind>.<name>`, where kind is `recall`, `rank`, `pretraining` or `datasets`.
 
     Raises:
         ValueError: there is none of that name; the message lists those there are.

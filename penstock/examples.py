@@ -24,6 +24,7 @@ from penstock.features import COUNTS, WINDOWS
 
 PADDING, UNKNOWN, FIRST = 0, 1, 2
 LIMIT = 5.0
+QUANTILES = 32
 MISSING = -1
 """The raw id that stands for no value: lists are padded with it."""
 
@@ -120,11 +121,15 @@ class Schema:
     Attributes:
         vocabularies: the sorted known ids `[size]` of each id space, int64.
         scales: mean and standard deviation of each number in the training slice, after log(1 + x) for counts.
+        quantiles: of each number as it is encoded, from the least to the largest, float32 `[QUANTILES + 1]`.
+        rows: of the training slice.
     """
 
     features: tuple[Feature, ...]
     vocabularies: Mapping[str, np.ndarray]
     scales: Mapping[str, tuple[float, float]]
+    quantiles: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    rows: int = 1
 
     def of(self, *sides: Side) -> tuple[Feature, ...]:
         """The features of some sides, in order."""
@@ -155,7 +160,12 @@ class Schema:
         """Writes the schema to a directory."""
         path.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path / "vocabularies.npz", allow_pickle=False, **dict(self.vocabularies))
-        described = {"features": [dataclasses.asdict(feature) for feature in self.features], "scales": self.scales}
+        np.savez_compressed(path / "quantiles.npz", allow_pickle=False, **dict(self.quantiles))
+        described = {
+            "features": [dataclasses.asdict(feature) for feature in self.features],
+            "scales": self.scales,
+            "rows": self.rows,
+        }
         (path / "schema.json").write_text(json.dumps(described, indent=1))
 
     @staticmethod
@@ -164,8 +174,16 @@ class Schema:
         described = json.loads((path / "schema.json").read_text())
         with np.load(path / "vocabularies.npz") as stored:
             vocabularies = {name: stored[name] for name in stored.files}
+        with np.load(path / "quantiles.npz") as stored:
+            quantiles = {name: stored[name] for name in stored.files}
         scales = {name: (mean, deviation) for name, (mean, deviation) in described["scales"].items()}
-        return Schema(tuple(Feature(**feature) for feature in described["features"]), vocabularies, scales)
+        return Schema(
+            tuple(Feature(**feature) for feature in described["features"]),
+            vocabularies,
+            scales,
+            quantiles,
+            described["rows"],
+        )
 
 
 def encode_ids(raw: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
@@ -216,7 +234,13 @@ def fit_schema(train: pl.DataFrame, features: tuple[Feature, ...] = FEATURES) ->
         known = np.sort(counts[feature.name].to_numpy()).astype(np.int64)
         earlier = vocabularies.get(feature.vocabulary, np.empty(0, np.int64))
         vocabularies[feature.vocabulary] = np.union1d(earlier, known[known >= 0])
-    return Schema(features, vocabularies, scales)
+    schema = Schema(features, vocabularies, scales)
+    probabilities = np.linspace(0.0, 1.0, QUANTILES + 1)
+    numbers = [feature for feature in features if feature.name in scales]
+    quantiles = {
+        number.name: np.quantile(schema.encode(number, train[number.name]), probabilities) for number in numbers
+    }
+    return dataclasses.replace(schema, quantiles=quantiles, rows=train.height)
 
 
 def write_examples(

@@ -97,6 +97,8 @@ class _Rank(tf.Module):
     def __init__(self, model: Ranking, encoder: _Encoder) -> None:
         super().__init__()
         self._model = model
+        # the states of random numbers, which passes with dropout draw, are tracked by Keras alone
+        self._state = [variable.value for variable in model.variables]
         self._encoder = encoder
         self.predict = tf.function(self._predict, input_signature=[encoder.specs()])
 

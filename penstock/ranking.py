@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+import penstock
 from penstock.calibration import Calibrator
 from penstock.events import LABELS
 from penstock.examples import Schema, Side
 from penstock.fitting import Settings
+from penstock.layers.concrete_dropout import ConcreteDropout
 from penstock.layers.embedding import embed
+from penstock.layers.latent_cross import LatentCross
+from penstock.layers.position_bias import PositionBias
 from penstock.layers.task_weights import HomoscedasticWeights
 from penstock.losses.multitask import binary_cross_entropy, pareto, unweighted_logits
 from penstock.losses.uncertain import (
@@ -25,6 +29,7 @@ from penstock.losses.uncertain import (
     regression_uncertainty,
 )
 from penstock.losses.watch_time import (
+    DAY_SECONDS,
     expected_watch_time,
     log_normal_expectation,
     log_normal_nll,
@@ -46,6 +51,12 @@ CALIBRATIONS = ("temperature", "isotonic", "none")
 NOISE = normal_quantiles(16)
 """The logit of a head with a variance is integrated over these quantiles: without chance, in training as in serving."""
 
+CONTEXT = ("scenario", "device", "hour", "user_idle_hours")
+"""The features by which what is read is multiplied; the last is the time since the last action."""
+
+POSITION = "position"
+"""An input of training alone: the place in the slate, int32 `[batch]`, -1 where it is not known."""
+
 SIDES: tuple[Side, ...] = ("user", "item", "context")
 """What of the schema rank models read."""
 
@@ -66,8 +77,16 @@ class RankConfig:
             learnt (Kendall, Gal & Cipolla 2018); `pareto`, by the combination of gradients that is best for all (Sener
             & Koltun 2018).
         variance: heads have a variance of their own: of the logit, and of log(1 + seconds) (Kendall & Gal 2017).
-        passes: so many passes with dropout left on are served as their mean, and with how uncertain it is. 0: one
-            without dropout.
+        position_bias: what the place on the screen adds is learnt beside, so that it is not taken for the item's worth;
+            serving does not know of it (Zhao et al., RecSys 2019).
+        positions: so many places of a slate have a bias of their own.
+        position_dropout: the share of rows of which training withholds the place.
+        latent_cross: scenario, device, hour and the time since the last action multiply what is read (Beutel et al.,
+            WSDM 2018).
+        pretrained: items start from vectors that were learnt before, a name in `penstock.pretraining`; or `none`.
+        frozen: and stay as they are.
+        passes: so many passes with dropout left on are served as their mean, and with how uncertain it is; the rate of
+            dropout is learnt, as otherwise more data would not make the passes agree. 0: one without dropout.
         calibration: of each probability on the validation slice, a name in `penstock.calibration`, or `none`.
     """
 
@@ -81,6 +100,12 @@ class RankConfig:
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     positive_weights: Mapping[str, float] = field(default_factory=dict)
     weighting: str = "fixed"
+    position_bias: bool = False
+    positions: int = 32
+    position_dropout: float = 0.1
+    latent_cross: bool = False
+    pretrained: str = "none"
+    frozen: bool = False
     variance: bool = False
     passes: int = 0
     calibration: str = "temperature"
@@ -88,6 +113,11 @@ class RankConfig:
     batch_size: int = 512
     learning_rate: float = 0.002
     patience: int = 1
+
+    @property
+    def dropout_of_experts(self) -> float:
+        """Where passes are made, what experts read is dropped at a rate that is learnt."""
+        return 0.0 if self.passes else self.dropout
 
     @property
     def settings(self) -> Settings:
@@ -123,14 +153,22 @@ def join(config: RankConfig, schema: Schema, inputs: dict[str, keras.KerasTensor
         for side in SIDES
     }
     match = keras.layers.Dense(config.match)(by_side["user"]) * keras.layers.Dense(config.match)(by_side["item"])
-    return ops.concatenate([*by_side.values(), match], axis=-1)
+    vector = ops.concatenate([*by_side.values(), match], axis=-1)
+    if config.passes:
+        vector = ConcreteDropout(schema.rows)(vector)
+    if not config.latent_cross:
+        return vector
+    contexts = [feature for feature in features if feature.name in CONTEXT]
+    sizes = [schema.size(feature.vocabulary) if feature.kind == "id" else 0 for feature in contexts]
+    return LatentCross(sizes)(vector, [inputs[feature.name] for feature in contexts])
 
 
-def dense(config: RankConfig, units: tuple[int, ...]) -> keras.Sequential:
+def dense(config: RankConfig, schema: Schema, units: tuple[int, ...]) -> keras.Sequential:
     """Dense layers, each with dropout behind it."""
     layers = []
     for width in units:
-        layers += [keras.layers.Dense(width, config.activation), keras.layers.Dropout(config.dropout)]
+        dropout = ConcreteDropout(schema.rows) if config.passes else keras.layers.Dropout(config.dropout)
+        layers += [keras.layers.Dense(width, config.activation), dropout]
     return keras.Sequential(layers)
 
 
@@ -152,10 +190,12 @@ class Head(NamedTuple):
 class Ranking(keras.Model):
     """Trains a trunk for its tasks; `scores` is what is served.
 
-    Inputs are encoded features by name. Targets are by task, float32 `[batch]`: 0 or 1, of `WATCH_TIME` seconds.
+    Inputs are encoded features by name, and `POSITION` with `RankConfig.position_bias`. Targets are by task, float32
+    `[batch]`: 0 or 1, of `WATCH_TIME` seconds.
 
     Args:
         seconds: the mean watch time of a training row, the unit in which it is learnt.
+        devices: number of device indices, which `RankConfig.position_bias` reads.
 
     Attributes:
         calibrators: by task, what makes its head right on average; fitted after training.
@@ -164,7 +204,7 @@ class Ranking(keras.Model):
         ValueError: tasks or weights of tasks that there are not, or an unknown weighting.
     """
 
-    def __init__(self, trunk: Trunk, config: RankConfig, seconds: float = 1.0) -> None:
+    def __init__(self, trunk: Trunk, config: RankConfig, seconds: float = 1.0, devices: int = 1) -> None:
         super().__init__()
         check_tasks(config)
         self.config = config
@@ -174,6 +214,8 @@ class Ranking(keras.Model):
         self.heads = {task: keras.layers.Dense(outputs, name=f"head_{task}") for task in config.tasks}
         if config.weighting == "uncertainty":
             self.task_weights = HomoscedasticWeights({task: _kind(task, config) for task in config.tasks})
+        if config.position_bias:
+            self.position_bias = PositionBias(config.positions, devices, len(config.tasks), config.position_dropout)
         self.seconds = self.add_weight((), keras.initializers.Constant(seconds), trainable=False, name="seconds")
         self.calibrators: dict[str, Calibrator] = {}
 
@@ -183,10 +225,12 @@ class Ranking(keras.Model):
         self.heads_of(shared)
         if self.config.weighting == "uncertainty":
             self.task_weights.build()
+        if self.config.position_bias:
+            self.position_bias.build()
         self.built = True
 
     def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
-        return self.shared(inputs, training=training)
+        return self.shared({tensor.name: inputs[tensor.name] for tensor in self.shared.inputs}, training=training)
 
     def heads_of(self, shared: Any, training: bool = False) -> dict[str, Head]:
         """The heads, by task."""
@@ -196,12 +240,20 @@ class Ranking(keras.Model):
             found[task] = Head(outputs[:, 0], bounded(outputs[:, 1]) if self.config.variance else None)
         return found
 
-    def losses_of(self, shared: Any, targets: dict[str, Any], training: bool) -> dict[str, Any]:
-        """The mean loss of each task times its weight, `[]` by name."""
-        return {
-            task: self.config.loss_weights.get(task, 1.0) * ops.mean(self._row_losses(task, head, targets[task]))
-            for task, head in self.heads_of(shared, training).items()
-        }
+    def losses_of(
+        self, shared: Any, targets: dict[str, Any], training: bool, biases: Any | None = None
+    ) -> dict[str, Any]:
+        """The mean loss of each task times its weight, `[]` by name.
+
+        Args:
+            biases: added to the mean of each head, `[batch, tasks]`.
+        """
+        found = {}
+        for place, (task, head) in enumerate(self.heads_of(shared, training).items()):
+            shown = head if biases is None else head._replace(mean=head.mean + biases[:, place])
+            losses = self._row_losses(task, shown, targets[task])
+            found[task] = self.config.loss_weights.get(task, 1.0) * ops.mean(losses)
+        return found
 
     def _row_losses(self, task: str, head: Head, target: Any) -> Any:
         """The loss of each row, `[batch]`."""
@@ -218,10 +270,11 @@ class Ranking(keras.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
+        biases = self.position_bias(x[POSITION], x["device"], training=training) if self.config.position_bias else None
         if self.config.weighting == "pareto":
-            total, _ = pareto(lambda shared: self.losses_of(shared, y, training), y_pred)
+            total, _ = pareto(lambda shared: self.losses_of(shared, y, training, biases), y_pred)
         else:
-            losses = self.losses_of(y_pred, y, training)
+            losses = self.losses_of(y_pred, y, training, biases)
             weighted = self.config.weighting == "uncertainty"
             total = self.task_weights(losses) if weighted else ops.sum(ops.stack([*losses.values()]))
         return ops.sum(ops.stack([total, *self.losses]))
@@ -266,7 +319,7 @@ class Ranking(keras.Model):
         """A head's probability, or its seconds, `[batch]`."""
         if task == WATCH_TIME:
             if head.log_variance is None:
-                return self.seconds * expected_watch_time(head.mean)
+                return ops.minimum(self.seconds * expected_watch_time(head.mean), DAY_SECONDS)
             return log_normal_expectation(*head)
         weight = self.config.positive_weights.get(task, 1.0)
         if head.log_variance is None:
@@ -316,3 +369,5 @@ def check_tasks(config: RankConfig) -> None:
     for name, known in (("weighting", WEIGHTINGS), ("calibration", CALIBRATIONS)):
         if getattr(config, name) not in known:
             raise ValueError(f"unknown {name} {getattr(config, name)!r}: there are {', '.join(known)}")
+    if config.pretrained != "none":
+        penstock.module("pretraining", config.pretrained)

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import keras
@@ -15,12 +16,13 @@ import polars as pl
 import tensorflow as tf
 
 import penstock
-from penstock import calibration, objectives, optimizers
+from penstock import calibration, objectives, optimizers, pretraining
 from penstock.catalogue import Catalogue
 from penstock.examples import FIRST, Schema, encode_ids, read_slice
 from penstock.fitting import Checkpoint, Measure, Rows, TrainingError, check, fit
+from penstock.layers.embedding import Embedding
 from penstock.metrics import log_loss
-from penstock.ranking import BINARY, WATCH_TIME, RankConfig, Ranking
+from penstock.ranking import BINARY, POSITION, WATCH_TIME, RankConfig, Ranking, check_tasks
 from penstock.retrieval import EXAMPLE_AGE, RecallConfig, Retrieval
 
 RECALL_LABEL = "long_view"
@@ -89,10 +91,25 @@ def train_rank(
     keras.utils.set_random_seed(seed)
     rows = {part: read_slice(examples, part) for part in ("train", "validation")}
     targets = {part: _targets(rows[part], config) for part in rows}
-    model = Ranking(module.build(config, schema), config, _mean_seconds(targets["train"]))
-    model.build()
+    model = _build_rank(module, config, schema, _mean_seconds(targets["train"]))
     inputs = {part: _rank_inputs(model, rows[part], schema) for part in rows}
     check(inputs["train"], {task: values for task, values in targets["train"].items() if task in BINARY})
+    if config.position_bias:
+        inputs["train"][POSITION] = rows["train"]["position"].fill_null(-1).to_numpy().astype(np.int32)
+        model.position_bias.adapt(inputs["train"][POSITION], inputs["train"]["device"])
+    if config.pretrained != "none":
+        vectors = pretraining.vectors(
+            config.pretrained,
+            examples,
+            schema,
+            Catalogue.read(examples, schema),
+            config.dim,
+            seed,
+            config.embedding_scale,
+        )
+        for table in item_tables(model.shared):
+            table.table.assign(vectors)
+            table.trainable = not config.frozen
     model.compile(optimizers.build("adam", config.learning_rate))
     validation = Rows(inputs["validation"], (), SCORED)
     history = fit(
@@ -129,12 +146,23 @@ def load_rank(examples: Path, trained: Path) -> tuple[Ranking, Schema]:
     schema = Schema.load(examples / "schema")
     module = penstock.module("rank", about["model"])
     config = penstock.config(module, about["config"])
-    model = Ranking(module.build(config, schema), config)
-    model.build()
+    model = _build_rank(module, config, schema)
     model.load_weights(trained / "model.weights.h5")
     described = json.loads((trained / "calibration.json").read_text())
     model.calibrators = {task: calibration.from_json(one) for task, one in described.items()}
     return model, schema
+
+
+def _build_rank(module: ModuleType, config: RankConfig, schema: Schema, seconds: float = 1.0) -> Ranking:
+    check_tasks(config)
+    model = Ranking(module.build(config, schema), config, seconds, schema.size("device"))
+    model.build()
+    return model
+
+
+def item_tables(model: keras.Model) -> list[Embedding]:
+    """The tables of item ids of a model."""
+    return [layer for layer in model.layers if isinstance(layer, Embedding) and layer.vocabulary == "item_id"]
 
 
 def _targets(rows: pl.DataFrame, config: RankConfig) -> dict[str, np.ndarray]:

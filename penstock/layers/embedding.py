@@ -26,15 +26,16 @@ class Embedding(keras.layers.Layer):
     Args:
         size: number of rows; indices are 0 … size − 1.
         initializer: of the table, as Keras knows it.
+        vocabulary: what the indices are of.
 
     Raises:
         tensorflow.errors.InvalidArgumentError: an index out of range, negative ones included, on the CPU. A GPU gives
             the zero vector, other backends what they like: `penstock.examples.encode_ids` gives none.
     """
 
-    def __init__(self, size: int, dim: int, initializer: Any = "uniform", **kwargs: Any) -> None:
+    def __init__(self, size: int, dim: int, initializer: Any = "uniform", vocabulary: str = "", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.size, self.dim = size, dim
+        self.size, self.dim, self.vocabulary = size, dim, vocabulary
         self.initializer = keras.initializers.get(initializer)
         self.autocast = False  # a cast would read the whole table
         self.supports_jit = keras.backend.backend() != "tensorflow"
@@ -51,7 +52,8 @@ class Embedding(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         initializer = keras.initializers.serialize(self.initializer)
-        return {**super().get_config(), "size": self.size, "dim": self.dim, "initializer": initializer}
+        own = {"size": self.size, "dim": self.dim, "vocabulary": self.vocabulary}
+        return {**super().get_config(), **own, "initializer": initializer}
 
 
 def _rows(table: Any, indices: Any) -> Any:
@@ -110,6 +112,7 @@ def embed(
             continue
         if feature.vocabulary not in tables:
             initializer = keras.initializers.RandomUniform(-scale, scale)
-            tables[feature.vocabulary] = Embedding(schema.size(feature.vocabulary), dim, initializer)
+            size = schema.size(feature.vocabulary)
+            tables[feature.vocabulary] = Embedding(size, dim, initializer, feature.vocabulary)
         vectors.append(tables[feature.vocabulary](value, mean=feature.kind == "ids"))
     return vectors

@@ -21,5 +21,5 @@ class Config(RankConfig):
 def build(config: Config, schema: Schema) -> Trunk:
     """`y_t = h_t(f(x))`: what all tasks share is as good for one as for the other, or worse for both."""
     inputs = inputs_of(schema.of(*SIDES))
-    shared = dense(config, config.bottom_units)(join(config, schema, inputs))
+    shared = dense(config, schema, config.bottom_units)(join(config, schema, inputs))
     return Trunk(keras.Model(inputs, shared, name="shared"), {task: tower(config) for task in config.tasks})

@@ -21,5 +21,5 @@ class Config(RankConfig):
 def build(config: Config, schema: Schema) -> Trunk:
     """`y_t = h_t(f_t(x))`, embeddings included: nets that are trained side by side and stopped together."""
     inputs = inputs_of(schema.of(*SIDES))
-    bottoms = {task: dense(config, config.bottom_units)(join(config, schema, inputs)) for task in config.tasks}
+    bottoms = {task: dense(config, schema, config.bottom_units)(join(config, schema, inputs)) for task in config.tasks}
     return Trunk(keras.Model(inputs, bottoms, name="shared"), {task: tower(config) for task in config.tasks})

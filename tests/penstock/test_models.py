@@ -17,8 +17,9 @@ import penstock
 from penstock import export, fitting, rank, recall, training
 from penstock.catalogue import Catalogue
 from penstock.examples import Schema, read_slice, write_examples
+from penstock.ranking import TASKS
 from penstock.retrieval import EXAMPLE_AGE, Retrieval
-from penstock.scoring import feed
+from penstock.scoring import feed, score_rows
 from tests.penstock.conftest import catalogue, joined_rows
 
 RECALL = [found.name for found in pkgutil.iter_modules(recall.__path__)]
@@ -195,6 +196,63 @@ def test_no_rank_model_reads_the_position(name, examples):
     module = penstock.module("rank", name)
     trunk = module.build(module.Config(), Schema.load(examples / "schema"))
     assert "position" not in {tensor.name for tensor in trunk.shared.inputs}
+
+
+@pytest.mark.parametrize("name", RANK)
+def test_every_way_of_training_gives_a_model_that_serves(name, shown, tmp_path):
+    """All options of `RankConfig` at once; what is exported says what the trained model does, and asks no position."""
+    ways = {
+        "epochs": 1,
+        "weighting": "uncertainty",
+        "position_bias": True,
+        "latent_cross": True,
+        "pretrained": "item2vec",
+        "frozen": True,
+        "calibration": "isotonic",
+        "positive_weights": {"like": 2.0},
+    }
+    training.train_rank(shown, name, ways, 3, tmp_path / "trained")
+    model, schema = training.load_rank(shown, tmp_path / "trained")
+    assert set(model.calibrators) == set(TASKS)
+    assert any(np.abs(np.asarray(weight)).max() > 0 for weight in model.position_bias.trainable_variables)
+    export.export_rank(model, schema, tmp_path / "out")
+    signature = tf.saved_model.load(str(tmp_path / "out" / "saved_model")).signatures["predict"]
+    specs = signature.structured_input_signature[1]
+    assert "position" not in specs
+    rows = read_slice(shown, "test").head(30)
+    raw = {
+        name: tf.constant(feed(rows, name, spec.dtype.as_numpy_dtype, len(spec.shape))) for name, spec in specs.items()
+    }
+    served = signature(**raw)
+    encoded = schema.encode_rows(rows, "user", "item", "context")
+    for task, values in model.scores({tensor.name: encoded[tensor.name] for tensor in model.shared.inputs}).items():
+        np.testing.assert_allclose(served[task], values, rtol=1e-4, atol=1e-6)
+    odd = {
+        name: tf.fill(value.shape, 2**62 if value.dtype == tf.int64 else float("nan")) for name, value in raw.items()
+    }
+    nothing = {name: value[:0] for name, value in raw.items()}
+    assert all(np.isfinite(values).all() for values in signature(**odd).values())
+    assert all(len(values) == 0 for values in signature(**nothing).values())
+
+
+def test_passes_are_served_with_how_uncertain_they_are(shown, tmp_path):
+    ways = {"epochs": 1, "weighting": "pareto", "variance": True, "passes": 8}
+    training.train_rank(shown, "mmoe", ways, 3, tmp_path / "trained")
+    model, schema = training.load_rank(shown, tmp_path / "trained")
+    export.export_rank(model, schema, tmp_path / "out")
+    scores = score_rows(tmp_path / "out" / "saved_model", read_slice(shown, "test"))
+    assert set(scores) == {*TASKS, *(f"{task}_{part}" for task in TASKS for part in ("epistemic", "aleatoric"))}
+    assert all(np.isfinite(values).all() for values in scores.values())
+    assert all((scores[f"{task}_epistemic"] > 0).all() for task in TASKS)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> Path:
+    """Examples of a log that knows where on the screen an item stood."""
+    out = tmp_path_factory.mktemp("shown")
+    rows = joined_rows(rows=900)
+    write_examples(rows.with_columns(position=pl.int_range(pl.len()) % 10), catalogue(), out)
+    return out
 
 
 def test_an_unknown_model_is_answered_with_those_there_are():

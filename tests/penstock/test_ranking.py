@@ -186,6 +186,34 @@ def test_tasks_that_have_each_their_own_share_no_gradient(rows):
     assert len(touched) == len(own) + 2
 
 
+def test_the_position_is_of_training_alone(rows):
+    inputs, targets = rows
+    model = _ranking(RankConfig(position_bias=True, positions=3))
+    shown = inputs | {"position": np.arange(ROWS) % 3, "device": np.zeros(ROWS, np.int32)}
+    scores = {task: np.asarray(values) for task, values in model.scores(inputs).items()}
+    before = float(model.compute_loss(x=shown, y=targets, y_pred=model(shown), training=False))
+    model.position_bias.shared.assign(np.outer([2.0, 0.0, -2.0], np.ones(len(TASKS))))
+    after = float(model.compute_loss(x=shown, y=targets, y_pred=model(shown), training=False))
+    hidden = shown | {"position": np.full(ROWS, -1)}
+    assert after != pytest.approx(before, rel=1e-3)
+    assert float(model.compute_loss(x=hidden, y=targets, y_pred=model(hidden), training=False)) == pytest.approx(before)
+    for task, values in model.scores(inputs).items():
+        np.testing.assert_array_equal(values, scores[task])
+
+
+@pytest.mark.parametrize("config", [{"weighting": "pareto"}, {"variance": True}, {}])
+def test_a_bias_is_what_a_head_says_more_where_an_item_is_shown(rows, config):
+    inputs, targets = rows
+    model = _ranking(RankConfig(position_bias=True, positions=2, **config))
+    shared = model(inputs)
+    biases = np.linspace(-1.0, 1.0, ROWS * len(TASKS), dtype=np.float32).reshape(ROWS, -1)
+    found = model.losses_of(shared, targets, False, biases)
+    for place, (task, head) in enumerate(model.heads_of(shared).items()):
+        moved = head._replace(mean=np.asarray(head.mean) + biases[:, place])
+        expected = np.mean(model._row_losses(task, moved, targets[task]))
+        assert float(found[task]) == pytest.approx(float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -194,6 +222,7 @@ def test_tasks_that_have_each_their_own_share_no_gradient(rows):
         ({"loss_weights": {"clicks": 1.0}}, "unknown task clicks"),
         ({"positive_weights": {"comment": 1.0}}, "unknown task comment"),
         ({"weighting": "gradnorm"}, "unknown weighting 'gradnorm': there are fixed"),
+        ({"pretrained": "word2vec"}, "unknown pretraining 'word2vec': there are graph, item2vec"),
         ({"calibration": "beta"}, "unknown calibration 'beta': there are temperature"),
     ],
 )
