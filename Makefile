@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-sparse-experts | position-trials | gate-trials
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -28,7 +28,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed features-doc lock clean
+.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-sparse-experts position-trials gate-trials features-doc lock clean
 
 setup: $(READY)
 
@@ -98,6 +98,18 @@ bench-recall: $(READY) $(PEERS)
 # Training steps beside PyTorch, DeepMatch and plain Keras at four sizes of the vocabulary, in half an hour; QUICK=1 is a smaller form.
 bench-recall-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
 	@$(BIN)/python -W ignore -m benchmarks.recall_speed $(if $(QUICK),--quick)
+
+# A step of sparse experts beside the dense mixture, by how many there are and how many are asked, in a minute.
+bench-sparse-experts: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.sparse_experts $(if $(QUICK),--quick)
+
+# The position tower on ten simulated logs whose truth is known, in about an hour; QUICK=1 is a smaller form.
+position-trials: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.position $(if $(QUICK),--quick)
+
+# Gates of twenty seeds, with gate dropout and without, in about half an hour; QUICK=1 is a smaller form.
+gate-trials: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.gates $(if $(QUICK),--quick)
 
 # Every rank model beside gradient-boosted trees, 5 seeds each, in about three hours; QUICK=1 is a smaller form.
 bench-rank: $(READY) $(TREES)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from penstock import evaluation, export, training
 from penstock.catalogue import Catalogue
+from penstock.examples import read_slice
+from penstock.layers.experts import spread
 
 
 def write_recall(examples: Path, trained: Path, out: Path) -> dict[str, float]:
@@ -37,11 +40,14 @@ def write_rank(examples: Path, trained: Path, out: Path) -> dict[str, float]:
     model, schema = training.load_rank(examples, trained)
     (out / "predictions").mkdir(parents=True, exist_ok=True)
     export.export_rank(model, schema, out)
-    figures = {}
+    figures: dict[str, Any] = {}
     for part in ("validation", "test"):
         predictions = evaluation.predict(examples, out / "saved_model", part)
         predictions.write_parquet(out / "predictions" / f"{part}.parquet")
         figures[part] = evaluation.rank_metrics(predictions)
+    shares = training.gates(model, read_slice(examples, "validation"), schema)
+    if shares:
+        figures["gates"] = {task: spread(found) for task, found in shares.items()}
     _describe(trained, out, figures)
     return figures["validation"]
 

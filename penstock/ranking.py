@@ -131,10 +131,12 @@ class Trunk(NamedTuple):
         shared: encoded features by name → what the tasks share, a tensor or several, `[batch, …]`; by task if each has
             its own.
         towers: by task, of what is shared → `[batch, units]`.
+        gates: encoded features by name → the shares of experts by task, `[batch, experts]`; of a model that has some.
     """
 
     shared: keras.Model
     towers: Mapping[str, keras.layers.Layer]
+    gates: keras.Model | None = None
 
 
 def join(config: RankConfig, schema: Schema, inputs: dict[str, keras.KerasTensor]) -> keras.KerasTensor:
@@ -210,6 +212,7 @@ class Ranking(keras.Model):
         self.config = config
         self.shared = trunk.shared
         self.towers = dict(trunk.towers)
+        self.gates = trunk.gates
         outputs = 2 if config.variance else 1
         self.heads = {task: keras.layers.Dense(outputs, name=f"head_{task}") for task in config.tasks}
         if config.weighting == "uncertainty":

@@ -497,7 +497,32 @@ def _training(material: _Material) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(handles=lines, loc="outside lower center", ncols=2)
         panels.append(page.figure(figure, f"{name} model by epoch"))
-    return f'<div class="panels">{"".join(panels)}</div>'
+    gates = material.figures["rank"].get("gates")
+    note = ""
+    if gates:
+        panels.append(page.figure(_gates(gates), "shares of experts by task"))
+        note = page.note(
+            "How each task mixes the experts of the rank model: the mean share over the validation slice, and the span "
+            "of eight rows in ten. A gate that asks one expert for every row has collapsed."
+        )
+    return f'<div class="panels">{"".join(panels)}</div>' + note
+
+
+def _gates(gates: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    experts = len(next(iter(gates.values()))["mean"])
+    figure = Figure(figsize=(min(1.6 + 0.12 * experts * len(gates), 9), 3), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title("rank: shares of experts")
+    width = 0.8 / experts
+    for expert in range(experts):
+        places = np.arange(len(gates)) + (expert - (experts - 1) / 2) * width
+        mean, low, high = (np.array([one[part][expert] for one in gates.values()]) for part in ("mean", "low", "high"))
+        axes.bar(places, mean, 0.9 * width, color=page.CANDIDATE, alpha=0.45)
+        axes.vlines(places, low, high, color=page.CANDIDATE, linewidth=1.5)
+    axes.axhline(1 / experts, color=page.FAINT, linewidth=1, zorder=0)
+    axes.set(xticks=range(len(gates)), xticklabels=[_words(task) for task in gates], ylim=(0, None), ylabel="share")
+    axes.tick_params(axis="x", labelrotation=30)
+    return figure
 
 
 def _data(material: _Material) -> str:

@@ -191,6 +191,15 @@ def _predicted(predict: Callable[[Any], dict[str, Any]], rows: Rows) -> dict[str
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def gates(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
+    """The shares of experts by task, `[rows, experts]`; nothing of a model without gates."""
+    shares = model.gates
+    if shares is None:
+        return {}
+    inputs = _rank_inputs(model, rows, schema)
+    return _predicted(lambda batch: shares(batch, training=False), Rows(inputs, (), SCORED))
+
+
 def _log_losses(model: Ranking, rows: Rows, targets: Mapping[str, np.ndarray]) -> Measure:
     """The log loss of each probability, and their sum."""
     tasks = [task for task in model.config.tasks if task in BINARY]

@@ -105,7 +105,8 @@ class ExpertMixture(keras.layers.Layer):
         self._seeds = random.SeedGenerator(seed)
 
     def build(self, inputs_shape: Any, outputs_shape: Any = None) -> None:
-        self.gate.build(inputs_shape)
+        if not self.gate.built:  # `gates` may have been asked first
+            self.gate.build(inputs_shape)
 
     def call(self, inputs: Any, outputs: Any, training: bool | None = None) -> Any:
         return ops.einsum("be,bed->bd", self.gates(inputs, training), outputs)
@@ -134,6 +135,12 @@ def utilisation(gates: np.ndarray) -> np.ndarray:
     if not len(gates):
         raise ValueError("of no rows there is no utilisation")
     return np.mean(np.asarray(gates, np.float64), axis=0)
+
+
+def spread(gates: np.ndarray) -> dict[str, list[float]]:
+    """The `utilisation` of experts as `mean`, and the share below which one row in ten is, and nine: `low`, `high`."""
+    low, high = np.quantile(gates, [0.1, 0.9], axis=0)
+    return {"mean": utilisation(gates).tolist(), "low": low.tolist(), "high": high.tolist()}
 
 
 def polarised(shares: np.ndarray, unused: float = 0.01, alone: float = 0.95) -> bool:

@@ -46,7 +46,6 @@ def build(config: Config, schema: Schema) -> Trunk:
     inputs = inputs_of(schema.of(*SIDES))
     vector = join(config, schema, inputs)
     outputs = Experts(config.experts, config.expert_units, config.activation, config.dropout_of_experts)(vector)
-    return Trunk(
-        keras.Model(inputs, [vector, outputs], name="shared"),
-        {task: Mixture(config, name=f"tower_{task}") for task in config.tasks},
-    )
+    mixtures = {task: Mixture(config, name=f"tower_{task}") for task in config.tasks}
+    gates = {task: mixture.mixture.gates(vector) for task, mixture in mixtures.items()}
+    return Trunk(keras.Model(inputs, [vector, outputs], name="shared"), mixtures, keras.Model(inputs, gates))

@@ -33,8 +33,14 @@ def build(config: Config, schema: Schema) -> Trunk:
     """Of many experts each task asks a few for each row: `y_t = h_t(Σₑ G_t(x)ₑ fₑ(x))`, most of the G are 0."""
     inputs = inputs_of(schema.of(*SIDES))
     vector = join(config, schema, inputs)
-    gates = [NoisyTopK(config.experts, config.asked, config.importance, config.load)(vector) for _ in config.tasks]
+    gates = {
+        task: NoisyTopK(config.experts, config.asked, config.importance, config.load)(vector) for task in config.tasks
+    }
     experts = SparseExperts(config.experts, config.expert_units, config.activation, config.dropout_of_experts)
-    mixed = experts(vector, ops.stack(gates, axis=1))
+    mixed = experts(vector, ops.stack([*gates.values()], axis=1))
     shared = {task: mixed[:, place] for place, task in enumerate(config.tasks)}
-    return Trunk(keras.Model(inputs, shared, name="shared"), {task: tower(config) for task in config.tasks})
+    return Trunk(
+        keras.Model(inputs, shared, name="shared"),
+        {task: tower(config) for task in config.tasks},
+        keras.Model(inputs, gates),
+    )

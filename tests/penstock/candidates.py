@@ -114,7 +114,9 @@ def write_candidate(root: Path, *, rows: int = 5000, noise: float = 0.3, seed: i
     _write(
         found.rank / "config.json", {"model": "mmoe", "config": {"experts": 4, "settings": {"epochs": 2}}, "seed": 1}
     )
-    _write(found.rank / "metrics.json", {"validation": {"auc_click": 0.7}, "test": {"auc_click": 0.7}})
+    gates = {label: {"mean": [0.5, 0.3, 0.2], "low": [0.3, 0.1, 0.1], "high": [0.7, 0.5, 0.3]} for label in LABELS}
+    rank_figures = {"validation": {"auc_click": 0.7}, "test": {"auc_click": 0.7}, "gates": gates}
+    _write(found.rank / "metrics.json", rank_figures)
     for folder, losses in ((found.recall, (5.0, 4.1, 3.9)), (found.rank, (1.2, 1.0, 0.97))):
         history = [{"epoch": at + 1, "loss": loss, "val_loss": loss + 0.05} for at, loss in enumerate(losses)]
         _write(folder / "history.json", history)

@@ -220,6 +220,9 @@ def test_every_way_of_training_gives_a_model_that_serves(name, shown, tmp_path):
     specs = signature.structured_input_signature[1]
     assert "position" not in specs
     rows = read_slice(shown, "test").head(30)
+    for shares in training.gates(model, rows, schema).values():
+        assert len(shares) == rows.height
+        np.testing.assert_allclose(shares.sum(axis=1), 1.0, rtol=1e-5)
     raw = {
         name: tf.constant(feed(rows, name, spec.dtype.as_numpy_dtype, len(spec.shape))) for name, spec in specs.items()
     }

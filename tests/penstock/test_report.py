@@ -96,7 +96,7 @@ def test_a_report_says_what_the_verdict_found(candidate: Artifacts, champion: Pa
     for one in verdict["slices"]:
         assert one["name"] in page.words
     # intervals, three ROC and three calibration curves, the grid, two training curves
-    assert page.pictures == 1 + 3 + 3 + 1 + 2
+    assert page.pictures == 1 + 3 + 3 + 1 + 3
     assert "rollback" in page.words
     assert "release back (7)" in page.words
 
@@ -152,6 +152,7 @@ def test_the_record_holds_parameters_and_finite_figures(candidate: Artifacts, ch
     assert all(path.exists() for path in record.files)
     pictures = sorted(path.name for path in record.files[1].iterdir())
     assert {"auc_of_each_head_with_its_interval.svg", "roc_of_click.svg", "calibration_of_like.svg"} <= set(pictures)
+    assert "shares_of_experts_by_task.svg" in pictures
     assert len(pictures) == record.files[0].read_text().count("<figure>")
     for picture in record.files[1].iterdir():
         assert ElementTree.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"

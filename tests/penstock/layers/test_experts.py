@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from penstock.layers.experts import ExpertMixture, Experts, polarised, utilisation
+from penstock.layers.experts import ExpertMixture, Experts, polarised, spread, utilisation
 
 
 def _normal(seed, *shape):
@@ -237,3 +237,11 @@ def test_a_gate_is_polarised_if_most_experts_are_unused_or_one_is_alone(shares, 
 
 def test_a_gate_that_picks_one_expert_a_row_is_not_polarised():
     assert not polarised(utilisation(np.eye(4)[np.arange(100) % 4]))
+
+
+def test_the_spread_of_shares_is_their_mean_and_the_span_of_most_rows():
+    gates = np.stack([np.linspace(0.0, 1.0, 101), np.linspace(1.0, 0.0, 101)], axis=1)
+    found = spread(gates)
+    assert found["mean"] == pytest.approx([0.5, 0.5])
+    assert found["low"] == pytest.approx([0.1, 0.1])
+    assert found["high"] == pytest.approx([0.9, 0.9])

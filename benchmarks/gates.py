@@ -1,0 +1,93 @@
+"""How many gates of the mixture of experts collapse, with gate dropout and without, over twenty seeds.
+
+`make gate-trials` trains on a simulated log, counts the tasks whose gate leaves most experts unused or has next to all
+of its share on one, prints a table and writes build/bench/gates.json; QUICK=1 is a smaller form of it. What was
+measured stays in build/bench/gates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from benchmarks.recall import SMALL, make_examples
+from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
+from penstock import training
+from penstock.datasets import simulator
+from penstock.examples import read_slice
+from penstock.layers.experts import polarised, utilisation
+
+FEED = simulator.Config(users=1500, items=800, items_per_day=30, days=10)
+WAYS: dict[str, dict[str, Any]] = {"gate dropout": {"gate_dropout": 0.1}, "without": {"gate_dropout": 0.0}}
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    print(machine(), flush=True)
+    folder = BUILD / ("gates-quick" if quick else "gates")
+    examples = make_examples(folder / "examples", None, SMALL if quick else FEED)
+    seeds = range(1, 2) if quick else range(1, 21)
+    found = {
+        way: [trial(examples, seed, way, own | ({"epochs": 1} if quick else {}), folder) for seed in seeds]
+        for way, own in WAYS.items()
+    }
+    report(found, goal=not quick)
+
+
+def trial(examples: Path, seed: int, way: str, overrides: Mapping[str, Any], folder: Path) -> dict[str, list[float]]:
+    """The mean share of each expert on the validation slice, by task; kept in `folder`."""
+    kept = folder / f"{way.replace(' ', '-')}-{seed}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    print(f"{way}, seed {seed}", flush=True)
+    keras.backend.clear_session()
+    with tempfile.TemporaryDirectory() as name:
+        training.train_rank(examples, "mmoe", overrides, seed, Path(name))
+        model, schema = training.load_rank(examples, Path(name))
+        gates = training.gates(model, read_slice(examples, "validation"), schema)
+    found = {task: utilisation(shares).tolist() for task, shares in gates.items()}
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def report(found: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], goal: bool) -> None:
+    """How many gates collapsed, and how even the others are."""
+    gates = {way: [shares for one in runs for shares in one.values()] for way, runs in found.items()}
+    collapsed = {way: sum(polarised(shares) for shares in of_way) for way, of_way in gates.items()}
+    least = {way: [min(shares) for shares in of_way] for way, of_way in gates.items()}
+    show_columns(
+        "Gates",
+        {
+            "": list(gates),
+            "gates": [str(len(of_way)) for of_way in gates.values()],
+            "collapsed": [str(count) for count in collapsed.values()],
+            "least share of an expert, mean": [f"{statistics.mean(values):.3f}" for values in least.values()],
+            "lowest": [f"{min(values):.3f}" for values in least.values()],
+        },
+    )
+    count = len(gates["gate dropout"])
+    sound = {way: 1.0 - number / count for way, number in collapsed.items()}
+    rows = [
+        Comparison(
+            "gates that did not collapse, with gate dropout", sound["gate dropout"], 1.0, "all", "", at_least=1.0
+        )
+        if goal
+        else Comparison("gates that did not collapse, with gate dropout", sound["gate dropout"], 1.0, "all", ""),
+        Comparison("gates that did not collapse", sound["gate dropout"], sound["without"], "without", ""),
+    ]
+    show("Gate dropout", rows)
+    print(f"written to {write('gates', rows)}")
+
+
+if __name__ == "__main__":
+    main()
