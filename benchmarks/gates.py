@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from benchmarks.recall import SMALL, make_examples
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
@@ -63,7 +64,7 @@ def trial(examples: Path, seed: int, way: str, overrides: Mapping[str, Any], fol
 def report(found: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], goal: bool) -> None:
     """How many gates collapsed, and how even the others are."""
     gates = {way: [shares for one in runs for shares in one.values()] for way, runs in found.items()}
-    collapsed = {way: sum(polarised(shares) for shares in of_way) for way, of_way in gates.items()}
+    collapsed = {way: sum(polarised(np.array(shares)) for shares in of_way) for way, of_way in gates.items()}
     least = {way: [min(shares) for shares in of_way] for way, of_way in gates.items()}
     show_columns(
         "Gates",
