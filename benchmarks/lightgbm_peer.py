@@ -65,6 +65,7 @@ def main(source, target, seeds, quick):
         return train, train.create_valid(columns("validation", ids), given["validation_labels"][:, place])
 
     out = {}
+    rounds = 50 if quick else ROUNDS
     for place, task in enumerate(given["tasks"].tolist()):
         data = {ids: sets(ids, place) for ids in kept}
 
@@ -73,16 +74,15 @@ def main(source, target, seeds, quick):
             parameters = {name: value for name, value in setting.items() if name != "ids"}
             stop = lightgbm.early_stopping(PATIENCE, verbose=False)
             model = lightgbm.train(
-                FIXED | parameters | {"seed": seed}, train, ROUNDS, [validation], ["validation"], callbacks=[stop]
+                FIXED | parameters | {"seed": seed}, train, rounds, [validation], ["validation"], callbacks=[stop]
             )
             return model, model.best_score["validation"]["auc"]
 
         best, (_, value) = FIRST, fit(FIRST, 1)
-        for changes in SEARCH[: 1 if quick else None]:
-            for tried in [best | change for change in changes]:
+        for changes in () if quick else SEARCH:
+            for change, tried in [(change, best | change) for change in changes]:
                 model, found = fit(tried, 1)
-                said = " ".join(f"{name}={tried[name]}" for name in tried)
-                print(f"{task}: {said}: {model.best_iteration} rounds, validation AUC {found:.4f}", flush=True)
+                print(f"{task}: {change}: {model.best_iteration} rounds, validation AUC {found:.4f}", flush=True)
                 if found > value:
                     best, value = tried, found
         models = [fit(best, seed)[0] for seed in seeds]
