@@ -113,6 +113,9 @@ FEATURES = (
 )
 """What the models may read. Position is not among them: it is not known when serving."""
 
+CONTEXT = ("scenario", "device", "hour", "user_idle_hours")
+"""What a request is made in, by which models may multiply what they know; last, the time since the last action."""
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -134,6 +137,10 @@ class Schema:
     def of(self, *sides: Side) -> tuple[Feature, ...]:
         """The features of some sides, in order."""
         return tuple(feature for feature in self.features if feature.side in sides)
+
+    def named(self, *names: str) -> tuple[Feature, ...]:
+        """The features of some names, in order of the schema."""
+        return tuple(feature for feature in self.features if feature.name in names)
 
     def size(self, vocabulary: str) -> int:
         """Number of indices of an id space, padding and unknown included."""

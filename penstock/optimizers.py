@@ -88,8 +88,8 @@ class Adam(_ByRow, keras.optimizers.Adam):
         _write(variable, rows, _read(variable, rows) - rate * first / (ops.sqrt(second) + self.epsilon))
 
 
-def build(name: str, learning_rate: float) -> keras.optimizers.Optimizer:
-    """The optimiser of a name.
+def build(name: str, learning_rate: Any) -> keras.optimizers.Optimizer:
+    """The optimiser of a name, at a rate or a schedule of rates.
 
     Raises:
         ValueError: an unknown name.

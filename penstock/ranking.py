@@ -12,10 +12,10 @@ from keras import ops
 import penstock
 from penstock.calibration import Calibrator
 from penstock.events import LABELS
-from penstock.examples import Schema, Side
+from penstock.examples import CONTEXT, Schema, Side
 from penstock.fitting import Settings
 from penstock.layers.concrete_dropout import ConcreteDropout
-from penstock.layers.embedding import embed
+from penstock.layers.embedding import IdDropout, embed, sizes_of
 from penstock.layers.latent_cross import LatentCross
 from penstock.layers.position_bias import PositionBias
 from penstock.layers.task_weights import HomoscedasticWeights
@@ -51,8 +51,8 @@ CALIBRATIONS = ("temperature", "isotonic", "none")
 NOISE = normal_quantiles(16)
 """The logit of a head with a variance is integrated over these quantiles: without chance, in training as in serving."""
 
-CONTEXT = ("scenario", "device", "hour", "user_idle_hours")
-"""The features by which what is read is multiplied; the last is the time since the last action."""
+MANY = 1000
+"""An id with more values than this is withheld from a share of the rows."""
 
 POSITION = "position"
 """An input of training alone: the place in the slate, int32 `[batch]`, -1 where it is not known."""
@@ -71,7 +71,8 @@ class RankConfig:
         match: width of the product of user and item.
         tower_units: layers of a task's own, between what is shared and its head.
         tasks: what is learnt, of `TASKS`; those of `penstock.events.LABELS` are served and always among them.
-        loss_weights: by task; 1 if not named.
+        id_dropout: the share of rows in which training withholds an id of many values, user and item among them.
+        loss_weights: by task; 1 if not named. A rare label has a small loss, and little say in what tasks share.
         positive_weights: of rows whose label is 1, by task; 1 if not named. Probabilities are corrected for it.
         weighting: of the tasks' losses, beside `loss_weights`: `fixed`; `uncertainty`, by a noise of each task that is
             learnt (Kendall, Gal & Cipolla 2018); `pareto`, by the combination of gradients that is best for all (Sener
@@ -88,6 +89,7 @@ class RankConfig:
         passes: so many passes with dropout left on are served as their mean, and with how uncertain it is; the rate of
             dropout is learnt, as otherwise more data would not make the passes agree. 0: one without dropout.
         calibration: of each probability on the validation slice, a name in `penstock.calibration`, or `none`.
+        learning_rate: at the first step; it falls evenly to `last_rate` times that at the last step of the last epoch.
     """
 
     dim: int = 32
@@ -96,8 +98,9 @@ class RankConfig:
     tower_units: tuple[int, ...] = (24,)
     activation: str = "relu"
     dropout: float = 0.1
+    id_dropout: float = 0.5
     tasks: tuple[str, ...] = TASKS
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    loss_weights: Mapping[str, float] = field(default_factory=lambda: {"like": 5.0, "profile_enter": 5.0})
     positive_weights: Mapping[str, float] = field(default_factory=dict)
     weighting: str = "fixed"
     position_bias: bool = False
@@ -112,6 +115,7 @@ class RankConfig:
     epochs: int = 3
     batch_size: int = 512
     learning_rate: float = 0.002
+    last_rate: float = 0.02
     patience: int = 1
 
     @property
@@ -149,7 +153,7 @@ def join(config: RankConfig, schema: Schema, inputs: dict[str, keras.KerasTensor
         inputs: of the encoded features of all `SIDES`, by name.
     """
     features = schema.of(*SIDES)
-    vectors = embed(inputs, features, schema, config.dim, config.embedding_scale)
+    vectors = embed(withheld(config, schema, inputs), features, schema, config.dim, config.embedding_scale)
     by_side = {
         side: ops.concatenate([v for f, v in zip(features, vectors, strict=True) if f.side == side], axis=-1)
         for side in SIDES
@@ -160,9 +164,19 @@ def join(config: RankConfig, schema: Schema, inputs: dict[str, keras.KerasTensor
         vector = ConcreteDropout(schema.rows)(vector)
     if not config.latent_cross:
         return vector
-    contexts = [feature for feature in features if feature.name in CONTEXT]
-    sizes = [schema.size(feature.vocabulary) if feature.kind == "id" else 0 for feature in contexts]
-    return LatentCross(sizes)(vector, [inputs[feature.name] for feature in contexts])
+    contexts = schema.named(*CONTEXT)
+    return LatentCross(sizes_of(contexts, schema))(vector, [inputs[feature.name] for feature in contexts])
+
+
+def withheld(config: RankConfig, schema: Schema, inputs: dict[str, keras.KerasTensor]) -> dict[str, keras.KerasTensor]:
+    """The inputs, single ids of more than `MANY` values dropped in training as the config says.
+
+    Where passes are served nothing is: their dropout is of what is known, not of who is asked for.
+    """
+    many = {f.name for f in schema.of(*SIDES) if f.kind == "id" and schema.size(f.vocabulary) > MANY}
+    if config.passes:
+        return inputs
+    return {name: IdDropout(config.id_dropout)(value) if name in many else value for name, value in inputs.items()}
 
 
 def dense(config: RankConfig, schema: Schema, units: tuple[int, ...]) -> keras.Sequential:

@@ -110,11 +110,17 @@ def train_rank(
         for table in item_tables(model.shared):
             table.table.assign(vectors)
             table.trainable = not config.frozen
-    model.compile(optimizers.build("adam", config.learning_rate))
-    validation = Rows(inputs["validation"], (), SCORED)
+    train, validation = (
+        Rows(inputs["train"], targets["train"], config.batch_size),
+        Rows(inputs["validation"], (), SCORED),
+    )
+    rate = keras.optimizers.schedules.PolynomialDecay(
+        config.learning_rate, train.steps * config.epochs, config.learning_rate * config.last_rate
+    )
+    model.compile(optimizers.build("adam", rate))
     history = fit(
         model,
-        Rows(inputs["train"], targets["train"], config.batch_size),
+        train,
         _log_losses(model, validation, targets["validation"]),
         config.settings,
         seed,

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from penstock.examples import Feature, Schema
+from penstock.examples import UNKNOWN, Feature, Schema
 
 _DTYPES = {"id": "int32", "ids": "int32", "integer": "int64", "integers": "int64"}
 
@@ -86,6 +86,37 @@ class MaskedMean(keras.layers.Layer):
         return total / ops.maximum(ops.sum(present, axis=1, keepdims=True), 1.0)
 
 
+@keras.saving.register_keras_serializable("penstock")
+class IdDropout(keras.layers.Layer):
+    """In training a share of the ids becomes the unknown id, so that a model learns to do without them.
+
+    An id that few rows have lets a network learn those rows by heart, and one that training has not seen is unknown
+    when serving: this way the vector of the unknown is learnt too. Call with indices of any shape; gives the same.
+
+    Args:
+        rate: the share, in [0, 1).
+
+    Raises:
+        ValueError: a rate outside [0, 1).
+    """
+
+    def __init__(self, rate: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"a share of the ids is at least 0 and below 1, not {rate}")
+        self.rate = rate
+        self._seeds = keras.random.SeedGenerator()
+
+    def call(self, indices: Any, training: bool | None = None) -> Any:
+        if not training or not self.rate:
+            return indices
+        drawn = keras.random.uniform(ops.shape(indices), seed=self._seeds)
+        return ops.where(drawn < self.rate, ops.full_like(indices, UNKNOWN), indices)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "rate": self.rate}
+
+
 def inputs_of(features: tuple[Feature, ...]) -> dict[str, keras.KerasTensor]:
     """A Keras input for each feature, by name: ids int32 and integers int64 `[]` or `[length]`, float32 `[]`."""
     inputs = {}
@@ -116,3 +147,8 @@ def embed(
             tables[feature.vocabulary] = Embedding(size, dim, initializer, feature.vocabulary)
         vectors.append(tables[feature.vocabulary](value, mean=feature.kind == "ids"))
     return vectors
+
+
+def sizes_of(features: tuple[Feature, ...], schema: Schema) -> list[int]:
+    """How many indices each feature has; 0 if it is a number."""
+    return [schema.size(feature.vocabulary) if feature.vocabulary else 0 for feature in features]

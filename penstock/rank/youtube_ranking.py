@@ -10,7 +10,7 @@ from keras import ops
 from penstock.examples import Schema
 from penstock.layers.embedding import embed, inputs_of
 from penstock.layers.quantile import Cumulative
-from penstock.ranking import SIDES, RankConfig, Trunk, dense, tower
+from penstock.ranking import SIDES, RankConfig, Trunk, dense, tower, withheld
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def build(config: Config, schema: Schema) -> Trunk:
     inputs = inputs_of(features)
     numbers = [feature for feature in features if feature.kind in ("count", "number")]
     ids = tuple(feature for feature in features if feature not in numbers)
-    parts = embed(inputs, ids, schema, config.dim, config.embedding_scale)
+    parts = embed(withheld(config, schema, inputs), ids, schema, config.dim, config.embedding_scale)
     parts += [Cumulative(schema.quantiles[feature.name].tolist())(inputs[feature.name]) for feature in numbers]
     shared = dense(config, schema, config.hidden)(ops.concatenate(parts, axis=-1))
     return Trunk(keras.Model(inputs, shared, name="shared"), {task: tower(config) for task in config.tasks})

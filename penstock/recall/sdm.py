@@ -12,9 +12,10 @@ from keras import ops
 
 from penstock import sessions
 from penstock.catalogue import Catalogue
-from penstock.examples import PADDING, Schema
+from penstock.examples import CONTEXT, PADDING, Schema
 from penstock.layers.attention import MultiHeadAttention, attend, dot_product
-from penstock.layers.embedding import Embedding, embed, inputs_of
+from penstock.layers.embedding import Embedding, embed, inputs_of, sizes_of
+from penstock.layers.latent_cross import LatentCross
 from penstock.retrieval import BiasedItems, RecallConfig, Towers
 
 LONGEST = 0.25
@@ -36,6 +37,8 @@ class Config(RecallConfig):
         layers: LSTMs one on the other; the input of each but the first is added to its output.
         heads: kinds of interest that the self-attention tells apart.
         gate: mixes short and long term by a gate; without it they are added.
+        latent_cross: scenario, device, hour and the time since the last action multiply what the LSTM says of the
+            session (Beutel et al., WSDM 2018, section 5.2).
     """
 
     short: int = 50
@@ -45,6 +48,7 @@ class Config(RecallConfig):
     layers: int = 1
     heads: int = 4
     gate: bool = True
+    latent_cross: bool = False
     dropout: float = 0.1
     sample: int = 8192
 
@@ -58,7 +62,9 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
     """
     history = next(feature for feature in schema.features if feature.name == "history_items")
     profile = tuple(feature for feature in schema.of("user") if feature.name not in ("user_id", "history_items"))
-    inputs = inputs_of((history, *schema.of("sequence"), *profile))
+    contexts = schema.named(*CONTEXT) if config.latent_cross else ()
+    others = tuple(feature for feature in contexts if feature not in profile)
+    inputs = inputs_of((history, *schema.of("sequence"), *profile, *others))
     short, long = sessions.split(
         inputs["history_items"],
         inputs["history_times"],
@@ -75,7 +81,11 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
         schema.size("item_id"),
         config.width,
     )
-    s = ShortTerm(attributes, config.dim, config.heads, config.layers, config.dropout, name="short_term")(short, user)
+    factor = ops.ones_like(user)
+    if contexts:
+        factor = LatentCross(sizes_of(contexts, schema))(factor, [inputs[feature.name] for feature in contexts])
+    short_term = ShortTerm(attributes, config.dim, config.heads, config.layers, config.dropout, name="short_term")
+    s = short_term(short, user, factor)
     p = LongTerm(attributes, config.dim, config.dropout, name="long_term")(long, user)
     joined = Gate(config.dim, name="gate")(user, s, p) if config.gate else s + p
     query = ops.concatenate([joined, ops.ones_like(joined[:, :1])], axis=-1)
@@ -142,8 +152,9 @@ class _Given(keras.initializers.Initializer):
 class ShortTerm(keras.layers.Layer):
     """The session's interest: items `[batch, length]` and e_u `[batch, dim]` → s `[batch, dim]` (sections 3.4 and 3.5).
 
-    `h = LSTM(e)` over the items' vectors, all attributes of each concatenated; `ĥ = norm(h + MultiHead(h))` with scores
-    that are not scaled; `s = Σₖ αₖ ĥₖ`, `α = softmax(ĥ · e_u)` (`attend_as`). Without any item s is zero.
+    `h = c ∘ LSTM(e)`, c a factor by the context `[batch, dim]`, over the items' vectors, all attributes of each
+    concatenated; `ĥ = norm(h + MultiHead(h))` with scores that are not scaled; `s = Σₖ αₖ ĥₖ`, `α = softmax(ĥ · e_u)`
+    (`attend_as`). Without any item s is zero.
     """
 
     def __init__(
@@ -158,7 +169,7 @@ class ShortTerm(keras.layers.Layer):
         self.norm = keras.layers.LayerNormalization()
         self.dropout = keras.layers.Dropout(dropout)
 
-    def build(self, items_shape: Any, user_shape: Any) -> None:
+    def build(self, items_shape: Any, user_shape: Any, factor_shape: Any) -> None:
         if not self.attributes.built:
             self.attributes.build(items_shape)
         width = self.attributes.width * len(self.attributes.names)
@@ -168,19 +179,19 @@ class ShortTerm(keras.layers.Layer):
         self.heads.build((None, None, self.dim), (None, None, self.dim))
         self.norm.build((None, None, self.dim))
 
-    def call(self, items: Any, user: Any, training: bool = False) -> Any:
+    def call(self, items: Any, user: Any, factor: Any, training: bool = False) -> Any:
         lengths = ops.sum(ops.cast(ops.not_equal(items, PADDING), "int32"), axis=1)
         if not training:
-            return self._interest(items, user, lengths, training)
+            return self._interest(items, user, factor, lengths, training)
         # most sessions are short: the few long ones alone take as many steps as they have
         order = ops.argsort(lengths)
-        items, user, lengths = (ops.take(of, order, axis=0) for of in (items, user, lengths))
+        items, user, factor, lengths = (ops.take(of, order, axis=0) for of in (items, user, factor, lengths))
         cut = ops.cast((1.0 - LONGEST) * ops.cast(ops.shape(order)[0], "float32"), "int32")
         parts = slice(cut), slice(cut, None)
-        found = [self._interest(items[part], user[part], lengths[part], training) for part in parts]
+        found = [self._interest(items[part], user[part], factor[part], lengths[part], training) for part in parts]
         return ops.take(ops.concatenate(found), ops.argsort(order), axis=0)
 
-    def _interest(self, items: Any, user: Any, lengths: Any, training: bool) -> Any:
+    def _interest(self, items: Any, user: Any, factor: Any, lengths: Any, training: bool) -> Any:
         # padding stands behind: steps that no session has are left out
         items = items[:, : ops.max(lengths, initial=1)]
         present = ops.not_equal(items, PADDING)
@@ -188,6 +199,7 @@ class ShortTerm(keras.layers.Layer):
         vectors = self.dropout(vectors, training=training)
         for place, lstm in enumerate(self.recurrent):
             vectors = lstm(vectors) + (vectors if place else 0.0)
+        vectors = vectors * factor[:, None]
         vectors = self.norm(vectors + self.heads(vectors, vectors, present, present))
         return attend_as(user, vectors, present)
 

@@ -210,7 +210,8 @@ def test_a_bias_is_what_a_head_says_more_where_an_item_is_shown(rows, config):
     found = model.losses_of(shared, targets, False, biases)
     for place, (task, head) in enumerate(model.heads_of(shared).items()):
         moved = head._replace(mean=np.asarray(head.mean) + biases[:, place])
-        expected = np.mean(model._row_losses(task, moved, targets[task]))
+        weight = model.config.loss_weights.get(task, 1.0)
+        expected = weight * np.mean(model._row_losses(task, moved, targets[task]))
         assert float(found[task]) == pytest.approx(float(expected), rel=1e-5)
 
 

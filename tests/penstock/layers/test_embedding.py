@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from penstock.layers.embedding import Embedding
+from penstock.examples import UNKNOWN
+from penstock.layers.embedding import Embedding, IdDropout
 from penstock.optimizers import Adagrad, Adam
 
 TABLE = np.arange(18, dtype=np.float32).reshape(6, 3) ** 2
@@ -106,3 +107,17 @@ def test_a_copy_from_its_config_is_the_same_layer():
     copy = keras.layers.deserialize(keras.layers.serialize(layer))
     np.testing.assert_array_equal(np.asarray(layer(tf.range(6))), np.asarray(copy(tf.range(6))))
     assert copy.name == "items"
+
+
+def test_withheld_ids_are_unknown_in_training_alone():
+    keras.utils.set_random_seed(0)
+    layer = IdDropout(0.3)
+    indices = np.arange(2, 20_002, dtype=np.int32)
+    np.testing.assert_array_equal(layer(indices), indices)
+    found = np.asarray(layer(indices, training=True))
+    assert set(found[found != indices]) == {UNKNOWN}
+    assert np.mean(found != indices) == pytest.approx(0.3, abs=0.015)
+    assert np.asarray(layer(indices, training=True) != found).any()
+    np.testing.assert_array_equal(IdDropout(0.0)(indices, training=True), indices)
+    with pytest.raises(ValueError, match="not 1"):
+        IdDropout(1.0)

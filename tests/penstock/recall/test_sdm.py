@@ -4,12 +4,14 @@ import dataclasses
 
 import keras
 import numpy as np
+import polars as pl
 import pytest
 import tensorflow as tf
 
 from penstock import training
 from penstock.catalogue import Catalogue
 from penstock.examples import Schema, read_slice
+from penstock.layers.latent_cross import LatentCross
 from penstock.recall import sdm
 from penstock.recall.sdm import Config, Gate, ItemAttributes, LongTerm, ShortTerm, attend_as, build
 
@@ -104,13 +106,15 @@ def test_an_item_is_its_id_and_its_attributes():
 def test_the_short_term_equals_the_loops(heads, layers):
     attributes, users = _attributes(), _users()
     layer = ShortTerm(attributes, DIM, heads, layers, dropout=0.0)
+    factors = np.random.default_rng(8).normal(1.0, 0.3, users.shape).astype(np.float32)
     for trains in (False, True):  # rows are put together by their length
-        found = np.asarray(layer(SESSIONS, users, training=trains))
+        found = np.asarray(layer(SESSIONS, users, factors, training=trains))
         for row, session in enumerate(SESSIONS):
             hidden = [np.concatenate(list(_vectors(attributes, item).values())) for item in session if item]
             for place, lstm in enumerate(layer.recurrent):
                 steps = _lstm(lstm, hidden)
                 hidden = [step + of for step, of in zip(steps, hidden, strict=True)] if place else steps
+            hidden = [factors[row] * of for of in hidden]
             joined = [_normed(h + of) for h, of in zip(hidden, _heads(layer.heads, hidden), strict=True)]
             expected = _attend(users[row], joined) if joined else np.zeros(DIM)
             np.testing.assert_allclose(found[row], expected, rtol=1e-3, atol=1e-5)
@@ -118,11 +122,12 @@ def test_the_short_term_equals_the_loops(heads, layers):
 
 def test_a_last_batch_of_one_row_trains_as_any_other():
     layer = ShortTerm(_attributes(), DIM, 2, 1, dropout=0.0)
-    expected = np.asarray(layer(SESSIONS, _users()))
-    specs = [tf.TensorSpec([None, SESSIONS.shape[1]], tf.int32), tf.TensorSpec([None, DIM])]
-    step = tf.function(lambda items, user: layer(items, user, training=True), input_signature=specs)
+    factors = np.ones_like(_users())
+    expected = np.asarray(layer(SESSIONS, _users(), factors))
+    specs = [tf.TensorSpec([None, SESSIONS.shape[1]], tf.int32), *[tf.TensorSpec([None, DIM])] * 2]
+    step = tf.function(lambda items, user, factor: layer(items, user, factor, training=True), input_signature=specs)
     for row in range(len(SESSIONS)):
-        found = step(SESSIONS[row : row + 1], _users()[row : row + 1])
+        found = step(*(of[row : row + 1] for of in (SESSIONS, _users(), factors)))
         np.testing.assert_allclose(found[0], expected[row], rtol=1e-4, atol=1e-6)
 
 
@@ -247,12 +252,27 @@ def test_who_else_is_in_the_batch_changes_nothing(known, examples):
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("heads", "gate", "layers"), [(1, True, 1), (4, False, 2)])
-def test_every_weight_learns_with_any_heads_and_with_or_without_the_gate(heads, gate, layers, known, examples):
+def test_context_multiplies_the_session_and_nothing_else(known, examples):
+    keras.utils.set_random_seed(4)
+    query = build(Config(dim=8, width=6, heads=2, latent_cross=True), *known).query
+    seen = keras.Model(query.inputs, [query.get_layer(name).output for name in ("short_term", "long_term")])
+    (cross,) = (layer for layer in query.layers if isinstance(layer, LatentCross))
+    for weight in cross.weights:
+        weight.assign(np.random.default_rng(1).normal(size=weight.shape))
+    rows = read_slice(examples, "test").filter(pl.col("history_items").list.len() > 1).head(3)
+    inputs = _inputs(query, known[0], rows)
+    s, p = seen(inputs)
+    other_s, other_p = seen(inputs | {"hour": (inputs["hour"] + 1) % 3})
+    np.testing.assert_array_equal(other_p, p)
+    assert not np.allclose(other_s, s)
+
+
+@pytest.mark.parametrize(("heads", "gate", "layers", "cross"), [(1, True, 1, True), (4, False, 2, False)])
+def test_every_weight_learns_with_any_heads_and_with_or_without_the_gate(heads, gate, layers, cross, known, examples):
     schema, catalogue = known
     tags = np.random.default_rng(1).integers(0, schema.size("tags"), catalogue.attributes["tags"].shape)
     catalogue = dataclasses.replace(catalogue, attributes={**catalogue.attributes, "tags": tags})
-    towers = build(Config(dim=8, width=6, heads=heads, gate=gate, layers=layers), schema, catalogue)
+    towers = build(Config(dim=8, width=6, heads=heads, gate=gate, layers=layers, latent_cross=cross), schema, catalogue)
     assert ("gate" in {layer.name for layer in towers.query.layers}) == gate
     inputs = _inputs(towers.query, schema, read_slice(examples, "train").head(256))
     toward = np.random.default_rng(0).normal(size=(256, 9)).astype(np.float32)
