@@ -102,7 +102,7 @@ def test_the_exported_rank_model_scores_as_the_trained_one(rank, examples):
     model, schema, out = rank
     rows = _raw(read_slice(examples, "test"))
     encoded = schema.encode_rows(rows)
-    expected = model({tensor.name: encoded[tensor.name] for tensor in model.inputs})
+    expected = model.scores({tensor.name: encoded[tensor.name] for tensor in model.shared.inputs})
     for name, scores in score_rows(out / "saved_model", rows, batch=17).items():
         np.testing.assert_allclose(scores, expected[name], rtol=1e-4, atol=1e-6)
 
