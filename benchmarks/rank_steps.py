@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from benchmarks.rank_data import (
     TOWER_UNITS,
     Made,
 )
-from benchmarks.recall_steps import Clock
+from benchmarks.recall_steps import Clock, median_milliseconds
 from penstock import optimizers
 from penstock.examples import FEATURES, FIRST, Schema
 from penstock.fitting import Rows
@@ -103,7 +102,7 @@ def profile(made: Made, warm_up: int, steps: int) -> dict[str, float]:
         model.optimizer.apply(backward(), model.trainable_variables)
 
     def alone(function: Callable[[], Any]) -> float:
-        return _median(tf.function(function, jit_compile=False), warm_up, steps)
+        return median_milliseconds(tf.function(function, jit_compile=False), warm_up, steps)
 
     looked_up, mixed, lost, gradients, whole = map(alone, (joined, shared, forward, backward, step))
     fitted = float(np.median(fit(model, made, warm_up, steps)["milliseconds"]))
@@ -115,17 +114,8 @@ def profile(made: Made, warm_up: int, steps: int) -> dict[str, float]:
         "optimiser": whole - gradients,
         "Keras's fit and the batch": fitted - whole,
         "a step": fitted,
-        "batches alone (made while a step runs)": _median(lambda: next(batches), warm_up, steps),
+        "batches alone (made while a step runs)": median_milliseconds(lambda: next(batches), warm_up, steps),
     }
-
-
-def _median(call: Callable[[], Any], warm_up: int, steps: int) -> float:
-    times = []
-    for _ in range(warm_up + steps):
-        started = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - started))
-    return float(np.median(times[warm_up:]))
 
 
 def main(variant: str, folder: Path, warm_up: int, steps: int) -> None:

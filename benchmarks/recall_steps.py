@@ -130,7 +130,7 @@ def profile(made: Made, optimizer: str, warm_up: int, steps: int) -> dict[str, f
         model.optimizer.apply(backward(), model.trainable_variables)
 
     def alone(function: Callable[[], Any]) -> float:
-        return _median(tf.function(function, jit_compile=False), warm_up, steps)
+        return median_milliseconds(tf.function(function, jit_compile=False), warm_up, steps)
 
     looked_up, lost, gradients, whole = alone(towers), alone(forward), alone(backward), alone(step)
     fitted = float(np.median(fit(model, made, warm_up, steps)["milliseconds"]))
@@ -141,11 +141,12 @@ def profile(made: Made, optimizer: str, warm_up: int, steps: int) -> dict[str, f
         "optimiser": whole - gradients,
         "Keras's fit and the batch": fitted - whole,
         "a step": fitted,
-        "batches alone (made while a step runs)": _median(lambda: next(batches), warm_up, steps),
+        "batches alone (made while a step runs)": median_milliseconds(lambda: next(batches), warm_up, steps),
     }
 
 
-def _median(call: Callable[[], Any], warm_up: int, steps: int) -> float:
+def median_milliseconds(call: Callable[[], Any], warm_up: int, steps: int) -> float:
+    """The median of `steps` calls, those to warm up left out."""
     times = []
     for _ in range(warm_up + steps):
         started = time.perf_counter()
