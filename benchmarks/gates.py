@@ -80,10 +80,13 @@ def report(found: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], goal: b
     sound = {way: 1.0 - number / count for way, number in collapsed.items()}
     rows = [
         Comparison(
-            "gates that did not collapse, with gate dropout", sound["gate dropout"], 1.0, "all", "", at_least=1.0
-        )
-        if goal
-        else Comparison("gates that did not collapse, with gate dropout", sound["gate dropout"], 1.0, "all", ""),
+            "gates that did not collapse, with gate dropout",
+            sound["gate dropout"],
+            1.0,
+            "all",
+            "",
+            at_least=1.0 if goal else None,
+        ),
         Comparison("gates that did not collapse", sound["gate dropout"], sound["without"], "without", ""),
     ]
     show("Gate dropout", rows)

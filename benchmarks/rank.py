@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import t as students
 
-from benchmarks.recall import make_examples
+from benchmarks.recall import make_examples, spread
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import calibration, candidate, metrics, training
 from penstock.evaluation import rank_metrics
@@ -268,12 +268,6 @@ def chance(a: Sequence[float], b: Sequence[float]) -> float:
         return 0.0
     free = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True))
     return float(students.ppf(0.95, free)) * math.sqrt(sum(parts))
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def sources(trial: Trial) -> list[Path]:

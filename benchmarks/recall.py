@@ -205,7 +205,7 @@ def report(measured: Mapping[str, Sequence[Mapping[str, Any]]], ours: Sequence[s
         figures = list(measured["popularity"][0][part])
         columns: dict[str, Sequence[str | float]] = {"": names}
         for figure in figures:
-            columns[figure] = [_mean([run[part][figure] for run in measured[name]]) for name in names]
+            columns[figure] = [spread([run[part][figure] for run in measured[name]]) for name in names]
         columns["seeds"] = [str(len(measured[name])) for name in names]
         columns["seconds"] = [
             f"{statistics.mean(run['seconds'] for run in measured[name]):.0f}" if name in ours else "" for name in names
@@ -227,9 +227,10 @@ def report(measured: Mapping[str, Sequence[Mapping[str, Any]]], ours: Sequence[s
     print(f"written to {write('recall', rows)}")
 
 
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def _code(examples: Path) -> str:

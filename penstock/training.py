@@ -92,7 +92,7 @@ def train_rank(
     rows = {part: read_slice(examples, part) for part in ("train", "validation")}
     targets = {part: _targets(rows[part], config) for part in rows}
     model = _build_rank(module, config, schema, _mean_seconds(targets["train"]))
-    inputs = {part: _rank_inputs(model, rows[part], schema) for part in rows}
+    inputs = {part: _encoded(model.shared, rows[part], schema) for part in rows}
     check(inputs["train"], {task: values for task, values in targets["train"].items() if task in BINARY})
     if config.position_bias:
         inputs["train"][POSITION] = rows["train"]["position"].fill_null(-1).to_numpy().astype(np.int32)
@@ -127,7 +127,7 @@ def train_rank(
         _checkpoint(checkpoint, examples, name, config, seed),
     )
     _write(out, model, name, config, seed, history)
-    predicted = _predicted(model.uncalibrated, validation)
+    predicted = _graph(model.uncalibrated)(validation)
     calibrators = {
         task: _calibrator(task, targets["validation"][task], predicted[task], config) for task in config.tasks
     }
@@ -182,19 +182,28 @@ def _mean_seconds(targets: Mapping[str, np.ndarray]) -> float:
     return max(float(np.mean(targets[WATCH_TIME])), 1.0) if WATCH_TIME in targets else 1.0
 
 
-def _rank_inputs(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
-    """What a rank model reads of some rows, encoded."""
-    names = {tensor.name for tensor in model.shared.inputs}
+def _encoded(model: keras.Model, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
+    """What a model reads of some rows, encoded."""
+    names = {tensor.name for tensor in model.inputs}
     return {
         feature.name: schema.encode(feature, rows[feature.name]) for feature in schema.features if feature.name in names
     }
 
 
-def _predicted(predict: Callable[[Any], dict[str, Any]], rows: Rows) -> dict[str, np.ndarray]:
-    """What a method of a rank model says of rows, `[rows]` by name."""
+def _graph(predict: Callable[[Any], dict[str, Any]]) -> Callable[[Rows], dict[str, np.ndarray]]:
+    """A method of a rank model as a function of rows, traced once: what it says of them, `[rows]` by name."""
     graph = tf.function(predict, jit_compile=False)
-    parts = [{name: np.asarray(values) for name, values in graph(inputs).items()} for inputs, _ in rows.batches()]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def predicted(rows: Rows) -> dict[str, np.ndarray]:
+        parts = [{name: np.asarray(values) for name, values in graph(inputs).items()} for inputs, _ in rows.batches()]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return predicted
+
+
+def scores(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
+    """What a rank model would serve for some rows, `[rows]` by name."""
+    return _graph(model.scores)(Rows(_encoded(model.shared, rows, schema), (), SCORED))
 
 
 def gates(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
@@ -202,16 +211,17 @@ def gates(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.nd
     shares = model.gates
     if shares is None:
         return {}
-    inputs = _rank_inputs(model, rows, schema)
-    return _predicted(lambda batch: shares(batch, training=False), Rows(inputs, (), SCORED))
+    inputs = Rows(_encoded(model.shared, rows, schema), (), SCORED)
+    return _graph(lambda batch: shares(batch, training=False))(inputs)
 
 
 def _log_losses(model: Ranking, rows: Rows, targets: Mapping[str, np.ndarray]) -> Measure:
     """The log loss of each probability, and their sum."""
     tasks = [task for task in model.config.tasks if task in BINARY]
+    scored = _graph(model.scores)
 
     def figures() -> dict[str, float]:
-        predicted = _predicted(model.scores, rows)
+        predicted = scored(rows)
         found = {f"val_{task}": log_loss(targets[task], predicted[task]) for task in tasks}
         return {"val_loss": sum(found.values()), **found}
 
@@ -292,11 +302,8 @@ def _with_prefixes(rows: pl.DataFrame, examples: Path, config: RecallConfig, see
 
 def _query_inputs(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
     """What the query tower reads of some rows, encoded."""
-    names = {tensor.name for tensor in model.query_tower.inputs}
-    found = {
-        feature.name: schema.encode(feature, rows[feature.name]) for feature in schema.features if feature.name in names
-    }
-    return found | ({EXAMPLE_AGE: rows[_AGE].to_numpy()} if EXAMPLE_AGE in names else {})
+    aged = any(tensor.name == EXAMPLE_AGE for tensor in model.query_tower.inputs)
+    return _encoded(model.query_tower, rows, schema) | ({EXAMPLE_AGE: rows[_AGE].to_numpy()} if aged else {})
 
 
 def _ranking(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> Measure:

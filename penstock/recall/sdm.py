@@ -60,7 +60,7 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
     query is `[o; 1]` `[batch, dim + 1]` and the item vectors are `[wᵢ; bᵢ]`, which are not those of the histories. The
     profile `e_u` is the embedded features of the user, brought to `dim`.
     """
-    history = next(feature for feature in schema.features if feature.name == "history_items")
+    (history,) = schema.named("history_items")
     profile = tuple(feature for feature in schema.of("user") if feature.name not in ("user_id", "history_items"))
     contexts = schema.named(*CONTEXT) if config.latent_cross else ()
     others = tuple(feature for feature in contexts if feature not in profile)
