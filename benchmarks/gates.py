@@ -8,7 +8,6 @@ measured stays in build/bench/gates.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from benchmarks.kept import once, window
 from benchmarks.recall import SMALL, make_examples
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import training
@@ -27,6 +27,7 @@ from penstock.layers.experts import polarised, utilisation
 
 FEED = simulator.Config(users=1500, items=800, items_per_day=30, days=10)
 WAYS: dict[str, dict[str, Any]] = {"gate dropout": {"gate_dropout": 0.1}, "without": {"gate_dropout": 0.0}}
+MODULES = ("penstock.training", "penstock.rank.mmoe", "penstock.datasets.simulator")
 
 
 def main() -> None:
@@ -47,18 +48,18 @@ def main() -> None:
 
 def trial(examples: Path, seed: int, way: str, overrides: Mapping[str, Any], folder: Path) -> dict[str, list[float]]:
     """The mean share of each expert on the validation slice, by task; kept in `folder`."""
-    kept = folder / f"{way.replace(' ', '-')}-{seed}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    print(f"{way}, seed {seed}", flush=True)
-    keras.backend.clear_session()
-    with tempfile.TemporaryDirectory() as name:
-        training.train_rank(examples, "mmoe", overrides, seed, Path(name))
-        model, schema = training.load_rank(examples, Path(name))
-        gates = training.gates(model, read_slice(examples, "validation"), schema)
-    found = {task: utilisation(shares).tolist() for task, shares in gates.items()}
-    kept.write_text(json.dumps(found))
-    return found
+
+    def measured() -> dict[str, list[float]]:
+        print(f"{way}, seed {seed}", flush=True)
+        keras.backend.clear_session()
+        with tempfile.TemporaryDirectory() as name:
+            training.train_rank(examples, "mmoe", overrides, seed, Path(name))
+            model, schema = training.load_rank(examples, Path(name))
+            gates = training.gates(model, read_slice(examples, "validation"), schema)
+        return {task: utilisation(shares).tolist() for task, shares in gates.items()}
+
+    spec = {"overrides": dict(overrides), "seed": seed, "window": window(examples)}
+    return once(folder, way.replace(" ", "-"), spec, MODULES, measured)
 
 
 def report(found: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], goal: bool) -> None:

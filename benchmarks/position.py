@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 import statistics
 import tempfile
@@ -25,6 +24,7 @@ import polars as pl
 from scipy.special import expit, logit
 from scipy.stats import spearmanr
 
+from benchmarks.kept import once
 from benchmarks.recall import SMALL, make_examples
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import training
@@ -34,6 +34,7 @@ from penstock.examples import FEATURES, Feature, Schema, encode_ids, fit_schema,
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "docs" / "images" / "position_bias.png"
 MODEL = "shared_bottom"
+MODULES = ("penstock.training", f"penstock.rank.{MODEL}", "penstock.datasets.simulator")
 DEVICES = (1, 2, 3)
 GOAL = 0.8
 """The share of the oracle's gain that the tower is to have."""
@@ -65,25 +66,25 @@ def main() -> None:
 
 def trial(config: simulator.Config, folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Rank correlations with the true relevance by way, and the tower's curves by device; kept in `folder`."""
-    kept = folder / f"{config.seed}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    with tempfile.TemporaryDirectory() as name:
-        examples = make_examples(Path(name) / "examples", None, config)
-        truth = simulator.Truth(config)
-        found: dict[str, Any] = {"seed": config.seed, "correlation": {}}
-        for way, own in WAYS.items():
-            print(f"seed {config.seed}: {way}", flush=True)
-            keras.backend.clear_session()
-            of_way = prepared(examples, way, truth, Path(name) / way)
-            training.train_rank(of_way, MODEL, {**overrides, **own}, config.seed, Path(name) / "trained")
-            model, schema = training.load_rank(of_way, Path(name) / "trained")
-            found["correlation"][way] = correlation(model, schema, read_slice(of_way, "test"), truth)
-            if way == "tower":
-                found["curves"] = curves(model, schema, read_slice(of_way, "train"), truth)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found))
-    return found
+
+    def measured() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as name:
+            examples = make_examples(Path(name) / "examples", None, config)
+            truth = simulator.Truth(config)
+            found: dict[str, Any] = {"seed": config.seed, "correlation": {}}
+            for way, own in WAYS.items():
+                print(f"seed {config.seed}: {way}", flush=True)
+                keras.backend.clear_session()
+                of_way = prepared(examples, way, truth, Path(name) / way)
+                training.train_rank(of_way, MODEL, {**overrides, **own}, config.seed, Path(name) / "trained")
+                model, schema = training.load_rank(of_way, Path(name) / "trained")
+                found["correlation"][way] = correlation(model, schema, read_slice(of_way, "test"), truth)
+                if way == "tower":
+                    found["curves"] = curves(model, schema, read_slice(of_way, "train"), truth)
+        return found
+
+    spec = {"simulated": dataclasses.asdict(config), "overrides": dict(overrides)}
+    return once(folder, str(config.seed), spec, (*MODULES, "benchmarks.position"), measured)
 
 
 def prepared(examples: Path, way: str, truth: simulator.Truth, out: Path) -> Path:

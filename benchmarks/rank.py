@@ -8,7 +8,6 @@ KuaiRand tells no place on the screen: there the position tower learns one bias 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import math
@@ -27,6 +26,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import t as students
 
+from benchmarks.kept import code, once, window
 from benchmarks.recall import make_examples, spread
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import calibration, candidate, metrics, training
@@ -98,37 +98,47 @@ def main() -> None:
     seeds, asked = (SEEDS[:1], QUICK) if arguments.quick else (SEEDS, TRIALS)
 
     measured = {TREES: trees(examples, folder, seeds, arguments.quick)}
-    for number, trial in enumerate(asked, 1):
-        for seed in seeds:
-            print(f"{number} of {len(asked)}: {trial.name}, seed {seed}", flush=True)
+    for seed in seeds:
+        for number, trial in enumerate(asked, 1):
+            print(f"seed {seed}, {number} of {len(asked)}: {trial.name}", flush=True)
             measured.setdefault(trial.name, []).append(measure(trial, seed, examples, folder))
     report(measured, goals=not arguments.quick)
 
 
 def measure(trial: Trial, seed: int, examples: Path, folder: Path) -> dict[str, Any]:
     """Figures of one training by slice, from the exported model, and its seconds; taken from `folder` if there."""
-    spec = [trial.model, dict(trial.overrides), seed, _window(examples), _digest(sources(trial))]
-    kept = folder / f"{trial.model}-{hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    keras.backend.clear_session()
-    with tempfile.TemporaryDirectory() as place:
-        trained, out = Path(place) / "trained", Path(place) / "out"
-        started = time.monotonic()
-        training.train_rank(examples, trial.model, trial.overrides, seed, trained)
-        seconds = time.monotonic() - started
-        candidate.write_rank(examples, trained, out)
-        found: dict[str, Any] = {"seconds": seconds, "epochs": len(json.loads((trained / "history.json").read_text()))}
-        for part in SLICES:
-            found[part] = figures(pl.read_parquet(out / "predictions" / f"{part}.parquet"), frequent_items(examples))
-    kept.write_text(json.dumps(found))
+
+    def measured() -> dict[str, Any]:
+        keras.backend.clear_session()
+        with tempfile.TemporaryDirectory() as place:
+            trained, out = Path(place) / "trained", Path(place) / "out"
+            started = time.monotonic()
+            training.train_rank(examples, trial.model, trial.overrides, seed, trained)
+            seconds = time.monotonic() - started
+            candidate.write_rank(examples, trained, out)
+            found: dict[str, Any] = {"seconds": seconds}
+            found["epochs"] = len(json.loads((trained / "history.json").read_text()))
+            for part in SLICES:
+                predicted = pl.read_parquet(out / "predictions" / f"{part}.parquet")
+                found[part] = figures(predicted, frequent_items(examples))
+        return found
+
+    spec = {"model": trial.model, "overrides": dict(trial.overrides), "seed": seed, "window": window(examples)}
+    return once(folder, trial.model, spec, modules(trial), measured)
+
+
+def modules(trial: Trial) -> list[str]:
+    """The modules of the library that a trial's figures depend on."""
+    found = ["penstock.training", "penstock.candidate", f"penstock.rank.{trial.model}"]
+    if "pretrained" in trial.overrides:
+        found.append(f"penstock.pretraining.{trial.overrides['pretrained']}")
     return found
 
 
 def trees(examples: Path, folder: Path, seeds: Sequence[int], quick: bool) -> list[dict[str, Any]]:
     """The same figures of LightGBM, which has an environment of its own; calibrated as our models are."""
     script = ROOT / "benchmarks" / "lightgbm_peer.py"
-    spec = [list(seeds), quick, _window(examples), _digest([script, Path(__file__)])]
+    spec = [list(seeds), quick, window(examples), code([script, Path(__file__)])]
     kept = folder / f"lightgbm-{hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:16]}.npz"
     if not kept.exists():
         with tempfile.TemporaryDirectory() as place:
@@ -268,38 +278,6 @@ def chance(a: Sequence[float], b: Sequence[float]) -> float:
         return 0.0
     free = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True))
     return float(students.ppf(0.95, free)) * math.sqrt(sum(parts))
-
-
-def sources(trial: Trial) -> list[Path]:
-    """The files of the library that a trial's figures depend on: what its training and its export import."""
-    modules = ["penstock.training", "penstock.candidate", f"penstock.rank.{trial.model}"]
-    if "pretrained" in trial.overrides:
-        modules.append(f"penstock.pretraining.{trial.overrides['pretrained']}")
-    found: dict[str, Path] = {}
-    while modules:
-        module = modules.pop()
-        path = ROOT / f"{module.replace('.', '/')}"
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if module in found or not path.exists():  # a name that is imported may be no module
-            continue
-        found[module] = path
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                modules += [name.name for name in node.names if name.name.startswith("penstock")]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("penstock"):
-                modules += [node.module or "", *(f"{node.module}.{name.name}" for name in node.names)]
-    return [found[module] for module in sorted(found)]
-
-
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _window(examples: Path) -> str:
-    return hashlib.sha256((examples / "window.json").read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

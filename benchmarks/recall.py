@@ -7,7 +7,6 @@ form of it. What was measured stays in build/bench/recall: a run that was stoppe
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import statistics
@@ -24,6 +23,7 @@ import keras
 import numpy as np
 import polars as pl
 
+from benchmarks.kept import once, window
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from feature_repo.store import historical, refresh
 from penstock import candidate, training
@@ -92,9 +92,9 @@ def main() -> None:
     )
 
     measured: dict[str, list[dict[str, Any]]] = baselines(examples, folder)
-    for number, trial in enumerate(asked, 1):
-        for seed in seeds:
-            print(f"{number} of {len(asked)}: {trial.name}, seed {seed}", flush=True)
+    for seed in seeds:
+        for number, trial in enumerate(asked, 1):
+            print(f"seed {seed}, {number} of {len(asked)}: {trial.name}", flush=True)
             measured.setdefault(trial.name, []).append(measure(trial, seed, examples, folder))
     report(measured, [trial.name for trial in asked], goal=None if arguments.quick else 1.0)
 
@@ -122,22 +122,22 @@ def make_examples(out: Path, data: Path | None, simulated: simulator.Config = SM
 
 def measure(trial: Trial, seed: int, examples: Path, folder: Path) -> dict[str, Any]:
     """Figures of one training by slice, from the exported model, and its seconds; taken from `folder` if there."""
-    spec = json.dumps([trial.model, dict(trial.overrides), seed, _code(examples)], sort_keys=True)
-    kept = folder / f"{trial.model}-{hashlib.sha256(spec.encode()).hexdigest()[:16]}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    keras.backend.clear_session()
-    with tempfile.TemporaryDirectory() as place:
-        trained, out = Path(place) / "trained", Path(place) / "out"
-        started = time.monotonic()
-        training.train_recall(examples, trial.model, trial.overrides, seed, trained)
-        seconds = time.monotonic() - started
-        candidate.write_recall(examples, trained, out)
-        figures = json.loads((out / "metrics.json").read_text())
-        epochs = len(json.loads((trained / "history.json").read_text()))
-    found = {part: figures[part] for part in SLICES} | {"seconds": seconds, "epochs": epochs}
-    kept.write_text(json.dumps(found))
-    return found
+
+    def measured() -> dict[str, Any]:
+        keras.backend.clear_session()
+        with tempfile.TemporaryDirectory() as place:
+            trained, out = Path(place) / "trained", Path(place) / "out"
+            started = time.monotonic()
+            training.train_recall(examples, trial.model, trial.overrides, seed, trained)
+            seconds = time.monotonic() - started
+            candidate.write_recall(examples, trained, out)
+            figures = json.loads((out / "metrics.json").read_text())
+            epochs = len(json.loads((trained / "history.json").read_text()))
+        return {part: figures[part] for part in SLICES} | {"seconds": seconds, "epochs": epochs}
+
+    spec = {"model": trial.model, "overrides": dict(trial.overrides), "seed": seed, "window": window(examples)}
+    modules = ("penstock.training", "penstock.candidate", f"penstock.recall.{trial.model}")
+    return once(folder, trial.model, spec, modules, measured)
 
 
 def baselines(examples: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -231,15 +231,6 @@ def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation."""
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{deviation}"
-
-
-def _code(examples: Path) -> str:
-    """A digest of the library and of the examples: figures of other code are not those of this."""
-    files = sorted((ROOT / "penstock").rglob("*.py"))
-    digest = hashlib.sha256((examples / "window.json").read_bytes())
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ class Cumulative(keras.layers.Layer):
     def __init__(self, quantiles: Sequence[float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.quantiles = [float(value) for value in quantiles]
-        edges, first, counts = np.unique(np.array(self.quantiles), return_index=True, return_counts=True)
+        # in the precision they are compared in: two that differ by less would be a piece of no length
+        edges, first, counts = np.unique(np.array(self.quantiles, np.float32), return_index=True, return_counts=True)
         # a number that spans several quantiles stands in the middle of them
         places = (first + (counts - 1) / 2.0) / (len(self.quantiles) - 1)
-        self._edges, self._places = edges.astype(np.float32), places.astype(np.float32)
+        self._edges, self._places = edges, places.astype(np.float32)
 
     def call(self, numbers: Any) -> Any:
         edges, places = self._edges, self._places

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from scipy.stats import ttest_ind
 
+from benchmarks.kept import sources
 from benchmarks.rank import (
     BINARY,
     RARE_POSITIVES,
@@ -17,7 +18,7 @@ from benchmarks.rank import (
     columns,
     figures,
     frequent_items,
-    sources,
+    modules,
 )
 from penstock import config, module
 from penstock.examples import Schema, read_slice, write_examples
@@ -106,6 +107,6 @@ def test_every_trial_is_of_a_model_and_of_parameters_that_there_are(trial):
 
 
 def test_a_trial_depends_on_its_model_and_on_what_that_imports():
-    names = {path.name for path in sources(Trial("", "mmoe", {}))}
+    names = {path.name for path in sources(modules(Trial("", "mmoe", {})))}
     assert {"mmoe.py", "ranking.py", "experts.py", "fitting.py", "optimizers.py", "export.py"} <= names
     assert not {"single_task.py", "sdm.py", "gate.py", "kuairand.py"} & names

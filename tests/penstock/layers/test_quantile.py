@@ -35,6 +35,10 @@ def test_the_last_digit_of_a_number_decides_nothing():
     np.testing.assert_allclose(near, [0.25, 0.25, 0.25, 0.875, 0.875, 0.875], atol=1e-5)
 
 
+def test_quantiles_that_differ_by_a_rounding_are_one():
+    np.testing.assert_allclose(_of([0.0, np.nextafter(1.0, 0.0), 1.0], [0.5, 1.0])[:, 0], [0.375, 0.75], atol=1e-6)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(-50, 50), min_size=2, max_size=40), st.integers(1, 8))
 def test_the_order_is_kept_within_0_and_1(values, pieces):
