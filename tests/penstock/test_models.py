@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import tensorflow as tf
 import penstock
 from penstock import export, fitting, rank, recall, training
 from penstock.catalogue import Catalogue
-from penstock.examples import Schema, read_slice, write_examples
+from penstock.examples import FEATURES, Feature, Schema, fit_schema, read_slice, write_examples
 from penstock.ranking import TASKS
 from penstock.retrieval import EXAMPLE_AGE, Retrieval
 from penstock.scoring import feed, score_rows
@@ -34,47 +35,66 @@ class Trained:
 
     kind: str
     name: str
+    examples: Path
     folder: Path
 
     @property
     def history(self) -> list[dict[str, float]]:
-        return json.loads((self.folder / "history.json").read_text())
+        return json.loads((self.folder / "trained" / "history.json").read_text())
 
     def weights(self) -> list[np.ndarray]:
         found: list[np.ndarray] = []
-        with h5py.File(self.folder / "model.weights.h5") as file:
+        with h5py.File(self.folder / "trained" / "model.weights.h5") as file:
             file.visititems(lambda _, node: found.append(np.array(node)) if isinstance(node, h5py.Dataset) else None)
         return found
+
+
+def thin(examples: Path) -> Path:
+    """The same examples with two features of a kind and side: more add nothing but the time that graphs take."""
+    kept: list[Feature] = []
+    for feature in FEATURES:
+        alike = [other for other in kept if (other.side, other.kind) == (feature.side, feature.kind)]
+        if len(alike) < 2 or feature.side in ("context", "sequence"):
+            kept.append(feature)
+    fit_schema(read_slice(examples, "train"), tuple(kept)).save(examples / "schema")
+    return examples
+
+
+@pytest.fixture(scope="module")
+def thinned(examples, tmp_path_factory) -> Path:
+    return thin(shutil.copytree(examples, tmp_path_factory.mktemp("thinned") / "examples"))
 
 
 SETTINGS = {"epochs": 2, "patience": 5, "batch_size": 64}
 
 
 @pytest.fixture(scope="module", params=MODELS, ids="-".join)
-def trained(request, examples, tmp_path_factory) -> Trained:
+def trained(request, examples, thinned, tmp_path_factory) -> Trained:
     kind, name = request.param
     folder = tmp_path_factory.mktemp(name)
-    TRAIN[kind](examples, name, SETTINGS, 3, folder)
-    return Trained(kind, name, folder)
+    save = fitting.Checkpoint.save
+
+    def save_and_keep_the_first(checkpoint: fitting.Checkpoint, *arguments) -> None:
+        save(checkpoint, *arguments)
+        if not (folder / "first").exists():
+            shutil.copytree(folder / "state", folder / "first")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fitting.Checkpoint, "save", save_and_keep_the_first)
+        learnt = examples if kind == "recall" else thinned
+        TRAIN[kind](learnt, name, SETTINGS, 3, folder / "trained", folder / "state")
+    return Trained(kind, name, learnt, folder)
 
 
 def test_the_loss_falls(trained):
     assert trained.history[1]["loss"] < trained.history[0]["loss"]
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_model(trained, examples, tmp_path, monkeypatch):
-    save = fitting.Checkpoint.save
-
-    def save_and_stop(*arguments) -> None:
-        save(*arguments)
-        raise KeyboardInterrupt
-
-    again = Trained(trained.kind, trained.name, tmp_path / "again")
-    with monkeypatch.context() as patched:
-        patched.setattr(fitting.Checkpoint, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            TRAIN[trained.kind](examples, trained.name, SETTINGS, 3, again.folder, tmp_path / "state")
-    TRAIN[trained.kind](examples, trained.name, SETTINGS, 3, again.folder, tmp_path / "state")
+def test_from_what_it_left_after_an_epoch_a_training_goes_on_to_the_same_model(trained, tmp_path):
+    """As it was when the process was killed in the second."""
+    again = Trained(trained.kind, trained.name, trained.examples, tmp_path)
+    state = shutil.copytree(trained.folder / "first", tmp_path / "state")
+    TRAIN[trained.kind](trained.examples, trained.name, SETTINGS, 3, again.folder / "trained", state)
     # threads may sum in any order: the last digit of a float32 is not the seed's
     for row, same in zip(again.history, trained.history, strict=True):
         assert row == pytest.approx(same, rel=1e-5)
@@ -107,12 +127,12 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported(trained, examples, tmp_path_factory) -> Exported:
+def exported(trained, tmp_path_factory) -> Exported:
     if trained.kind != "recall":
         pytest.skip("of recall models")
     out = tmp_path_factory.mktemp("exported")
-    model, schema = training.load_recall(examples, trained.folder)
-    export.export_recall(model, schema, Catalogue.read(examples, schema), out)
+    model, schema = training.load_recall(trained.examples, trained.folder / "trained")
+    export.export_recall(model, schema, Catalogue.read(trained.examples, schema), out)
     signature = tf.saved_model.load(str(out / "saved_model")).signatures["recommend"]
     return Exported(model, schema, pl.read_parquet(out / "items.parquet"), signature)
 
@@ -255,7 +275,7 @@ def shown(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shown")
     rows = joined_rows(rows=900)
     write_examples(rows.with_columns(position=pl.int_range(pl.len()) % 10), catalogue(), out)
-    return out
+    return thin(out)
 
 
 def test_an_unknown_model_is_answered_with_those_there_are():
