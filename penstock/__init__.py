@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,14 +44,16 @@ def config(of: ModuleType, overrides: Mapping[str, Any]) -> Any:
     values = {}
     for name, value in overrides.items():
         value = tuple(value) if isinstance(value, list) else value
-        expected = typing.get_origin(hints[name]) or hints[name]
-        if expected is Path and isinstance(value, str):
+        kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+        kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
+        if kinds == (Path,) and isinstance(value, str):
             value = Path(value)
-        if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        if kinds == (float,) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if isinstance(expected, type) and (
-            not isinstance(value, expected) or isinstance(value, bool) is not (expected is bool)
+        if all(isinstance(kind, type) for kind in kinds) and (
+            not isinstance(value, kinds) or isinstance(value, bool) is not (bool in kinds)
         ):
-            raise ValueError(f"parameter {name} of {of.__name__} is a {expected.__name__}, not {value!r}")
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"parameter {name} of {of.__name__} is a {expected}, not {value!r}")
         values[name] = value
     return cls(**values)
