@@ -260,7 +260,7 @@ class Recommender:
             items = self.online().items(ids, service, user, request)
         heads = self._predict("rank", number, {**user, **asked, **items, "item_id": ids}, len(ids))
         heads = {name: np.asarray(heads[name], np.float64) for name in manifest["heads"]}
-        scores = fuse(heads, manifest["weights"])
+        scores = fuse(heads, manifest["weights"], manifest["fusion"])
         if not np.isfinite(scores).all():
             raise UnavailableError(
                 f"rank of release {number} gives scores that are not finite", "roll back to the former release"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -107,6 +108,13 @@ def save(module: tf.Module, name: str, path: Path) -> None:
     tf.saved_model.save(module, str(path), signatures={"serving_default": signature, name: signature})
 
 
+WEIGHTS = {"click": 1.0, "long_view": 0.5, "like": 0.0}
+
+
+def fusion_of(number: int) -> str:
+    return "weighted_product" if number == 2 else "weighted_sum"
+
+
 def build(home: Path, folder: Path, *, broken: bool = False) -> int:
     """Makes the next release of `home`: tiny models that know their number."""
     number = max(release.releases(home), default=0) + 1
@@ -118,7 +126,7 @@ def build(home: Path, folder: Path, *, broken: bool = False) -> int:
         "recall/metrics.json": '{"validation": {}, "test": {}}',
         "rank/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
         "rank/metrics.json": '{"validation": {}, "test": {}}',
-        "weights/weights.json": '{"fusion": "weighted_sum", "weights": {"click": 1.0, "long_view": 0.5, "like": 0.0}}',
+        "weights/weights.json": json.dumps({"fusion": fusion_of(number), "weights": WEIGHTS}),
         "verdict/verdict.json": '{"approved": true, "sentence": "", "champion": null, "heads": {}, "data_window": {}}',
         "report.html": "<p>report</p>",
     }

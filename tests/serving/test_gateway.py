@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -218,6 +219,10 @@ def test_users_are_split_as_the_document_says(system: System, gateway: httpx.Cli
         assert answer["release"] == document.release(answer["variant"])
         assert {item["item_id"] // CATALOGUE for item in answer["items"]} == {answer["release"]}
         assert {item["heads"]["click"] for item in answer["items"]} == {1.0}  # rank knows the items of its release
+        for item in answer["items"]:
+            click, long_view = item["heads"]["click"], item["heads"]["long_view"]
+            expected = {1: click + 0.5 * long_view, 2: math.log(click * long_view**0.5)}  # each by its own fusion
+            assert item["score"] == pytest.approx(expected[answer["release"]])
     assert gateway.get("/ready").json() == {"champion": 1, "challenger": 2, "share": 0.5}
 
 
