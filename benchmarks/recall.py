@@ -21,16 +21,15 @@ from typing import Any
 
 import keras
 import numpy as np
-import polars as pl
 
 from benchmarks.kept import once, window
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from feature_repo.store import historical, refresh
-from penstock import candidate, training
+from penstock import baselines, candidate, training
 from penstock.datasets import kuairand, simulator
-from penstock.evaluation import DEPTHS, Kinds, Queries, popularity, ranking_metrics
+from penstock.evaluation import DEPTHS, Kinds, Queries, ranking_metrics
 from penstock.events import ITEMS, read_events, read_table
-from penstock.examples import FIRST, Schema, encode_ids, read_slice, write_examples
+from penstock.examples import FIRST, Schema, encode_ids, write_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "build" / "peers" / "recall" / "bin" / "python"
@@ -91,7 +90,7 @@ def main() -> None:
         [Trial("youtube_dnn", "youtube_dnn", {"epochs": 1})] if arguments.quick else trials(LOSSES, MODELS, VARIANTS)
     )
 
-    measured: dict[str, list[dict[str, Any]]] = baselines(examples, folder)
+    measured: dict[str, list[dict[str, Any]]] = peers(examples, folder)
     for seed in seeds:
         for number, trial in enumerate(asked, 1):
             print(f"seed {seed}, {number} of {len(asked)}: {trial.name}", flush=True)
@@ -140,7 +139,7 @@ def measure(trial: Trial, seed: int, examples: Path, folder: Path) -> dict[str, 
     return once(folder, trial.model, spec, modules, measured)
 
 
-def baselines(examples: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
+def peers(examples: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Popularity, and what `implicit` finds in an environment of its own, its parameters by the validation slice."""
     queries = {part: Queries.of(examples, part) for part in SLICES}
     kinds = Kinds.of(examples)
@@ -158,7 +157,8 @@ def baselines(examples: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
     ids = Schema.load(examples / "schema").vocabularies["item_id"]
     k = max(DEPTHS)
     of_popularity = {
-        part: ranking_metrics(popularity(examples, queries[part], k), queries[part], kinds) for part in SLICES
+        part: ranking_metrics(baselines.popular(examples, queries[part].rows, k), queries[part], kinds)
+        for part in SLICES
     }
     found: dict[str, list[dict[str, Any]]] = {"popularity": [of_popularity]}
     with np.load(kept) as answers:
@@ -176,11 +176,7 @@ def baselines(examples: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
 def interactions(examples: Path, queries: Mapping[str, Queries]) -> dict[str, np.ndarray]:
     """What `implicit_peer` reads: all that the models may learn from, users × items, and the queries of both slices."""
     vocabulary = Schema.load(examples / "schema").vocabularies["item_id"]
-    train = read_slice(examples, "train")
-    first = train.unique("user_id", keep="first", maintain_order=True)
-    before = first.select("user_id", item_id="history_items").explode("item_id", empty_as_null=False)
-    during = train.filter(pl.col(training.RECALL_LABEL) == 1).select("user_id", "item_id")
-    pairs = pl.concat([before, during]).unique(maintain_order=True)
+    pairs = baselines.long_views(examples)
     items = encode_ids(pairs["item_id"].to_numpy(), vocabulary) - FIRST
     users = np.unique(pairs["user_id"].to_numpy(), return_inverse=True)[1]
     found = {

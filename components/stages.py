@@ -118,8 +118,9 @@ class Weights(NamedTuple):
 
 
 @dsl.pipeline
-def weights(rank_uri: str) -> Weights:
-    return Weights(weights=search_weights(rank=_artifact(rank_uri, dsl.Model)).outputs["weights"])
+def weights(rank_uri: str, search: str, champion: str) -> Weights:
+    done = search_weights(rank=_artifact(rank_uri, dsl.Model), search=search, champion=champion)
+    return Weights(weights=done.outputs["weights"])
 
 
 class Verdict(NamedTuple):
@@ -129,13 +130,23 @@ class Verdict(NamedTuple):
 
 
 @dsl.pipeline
-def gate(examples_uri: str, recall_uri: str, rank_uri: str, weights_uri: str, champion: str) -> Verdict:
+def gate(
+    examples_uri: str,
+    recall_uri: str,
+    rank_uri: str,
+    weights_uri: str,
+    rehearsal_uri: str,
+    champion: str,
+    policy: str,
+) -> Verdict:
     done = gate_component(
         examples=_artifact(examples_uri, dsl.Dataset),
         recall=_artifact(recall_uri, dsl.Model),
         rank=_artifact(rank_uri, dsl.Model),
         weights=_artifact(weights_uri, dsl.Artifact),
+        rehearsal=_artifact(rehearsal_uri, dsl.Artifact),
         champion=champion,
+        policy=policy,
     )
     return Verdict(**{name: done.outputs[name] for name in Verdict._fields})
 

@@ -21,6 +21,12 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow/mlflow.db"
 
 
+def folder(name: str) -> Path:
+    """Where the current DAG run keeps what is called `name`."""
+    dag_run = get_current_context()["dag_run"]
+    return home() / "runs" / dag_run.dag_id / re.sub(r"[^\w.-]", "_", dag_run.run_id) / name
+
+
 def run(stage: str, *, key: str = "", resumes: bool = False, **arguments: Any) -> dict[str, Any]:
     """Runs `stage` for the current task.
 
@@ -33,9 +39,7 @@ def run(stage: str, *, key: str = "", resumes: bool = False, **arguments: Any) -
     """
     from components.runner import run_stage
 
-    dag_run = get_current_context()["dag_run"]
-    folder = re.sub(r"[^\w.-]", "_", dag_run.run_id)
-    out = home() / "runs" / dag_run.dag_id / folder / (f"{stage}-{key}" if key else stage)
+    out = folder(f"{stage}-{key}" if key else stage)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     if resumes:
         arguments["checkpoint"] = str(checkpoint)

@@ -11,7 +11,7 @@ from airflow.sdk import Param, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from dags.assets import CANDIDATE, EXAMPLES, newest
-from dags.stages import champion, run, tracking_uri, uri
+from dags.stages import champion, folder, run, tracking_uri, uri
 
 
 def check_models(kind: str, names: list[str], overrides: dict[str, Any]) -> None:
@@ -27,6 +27,29 @@ def check_models(kind: str, names: list[str], overrides: dict[str, Any]) -> None
                 penstock.config(penstock.module(kind, name), overrides)
             except ValueError as error:
                 raise AirflowFailException(str(error)) from None
+
+
+def check_policy(overrides: dict[str, Any]) -> None:
+    """Fails on thresholds that the gate could only reject by, before any work is done."""
+    import penstock
+    from penstock import policy
+
+    try:
+        faults = penstock.config(policy, overrides).faults()
+    except ValueError as error:
+        faults = [str(error)]
+    if faults:
+        raise AirflowFailException(f"gate_policy: {'; '.join(faults)}")
+
+
+def check_search(overrides: dict[str, Any]) -> None:
+    """Fails on a search of the weights that cannot be, before any work is done."""
+    from penstock import fusion
+
+    try:
+        fusion.settings(overrides)
+    except ValueError as error:
+        raise AirflowFailException(f"weights_search: {error}") from None
 
 
 def with_config(names: list[str], overrides: dict[str, Any]) -> list[dict[str, str]]:
@@ -56,14 +79,16 @@ def best(candidates: list[dict[str, Any]], artifact: str, measures: list[str]) -
         "rank_models": Param(["mmoe"], type="array", items={"type": "string"}, minItems=1),
         "recall_config": Param({}, type="object", description="settings of the recall models, by name"),
         "rank_config": Param({}, type="object", description="settings of the rank models, by name"),
+        "weights_search": Param({}, type="object", description="settings of the search of the weights, by name"),
+        "gate_policy": Param({}, type="object", description="thresholds of the gate, by name, that differ"),
         "seed": Param(1, type="integer"),
     },
     doc_md="""
     ### From examples to a candidate
     Recall and rank models are trained side by side, one task a model; the best of each by the validation slice go on.
-    The output **weights** are searched on the validation slice, the **gate** holds the fused score against the
-    champion's on the test slice (the first time: against popularity and the best single head), and the **report**
-    shows it all, in a file and in MLflow.
+    The output **weights** are searched on the validation slice; a fresh model server is to **rehearse** rows of the
+    log; the **gate** holds the candidate against the champion on the test slice (the first time: against its best
+    single head), and always against baselines; and the **report** shows it all, in a file and in MLflow.
 
     Started by the asset `examples`, or by hand: then it takes the newest examples.
     An approved candidate becomes the asset `candidate`, which starts `release`; one turned down skips `publish`.
@@ -76,6 +101,8 @@ def train() -> None:
         params = context["params"]
         check_models("recall", params["recall_models"], dict(params["recall_config"]))
         check_models("rank", params["rank_models"], dict(params["rank_config"]))
+        check_search(dict(params["weights_search"]))
+        check_policy(dict(params["gate_policy"]))
         found = newest(EXAMPLES, context, "there are no examples yet: trigger the DAG `prepare` first")
         if not Path(found["uri"]).is_dir():
             raise AirflowFailException(f"{found['uri']} is gone: trigger the DAG `prepare` again")
@@ -123,17 +150,30 @@ def train() -> None:
 
     @task(doc_md="Searches the weights of the heads in the fused score, on the validation slice.")
     def weights(chosen: dict[str, str]) -> dict[str, str]:
-        return chosen | {"weights": uri(run("weights", rank_uri=chosen["rank"]), "weights")}
+        search = json.dumps(get_current_context()["params"]["weights_search"])
+        outputs = run("weights", rank_uri=chosen["rank"], search=search, champion=champion())
+        return chosen | {"weights": uri(outputs, "weights")}
+
+    @task(doc_md="Loads the candidate in a fresh model server, and has it answer rows of the log.")
+    def rehearse(chosen: dict[str, str]) -> str:
+        from serving import rehearsal
+
+        out = folder("rehearsal")
+        examples, recall, rank = (Path(chosen[name]) for name in ("examples", "recall", "rank"))
+        rehearsal.rehearse(examples, recall, rank, out)
+        return str(out)
 
     @task(doc_md="Holds the candidate against the champion on the test slice. No verdict is a rejection.")
-    def gate(chosen: dict[str, str]) -> dict[str, Any]:
+    def gate(chosen: dict[str, str], rehearsal: str) -> dict[str, Any]:
         outputs = run(
             "gate",
             examples_uri=chosen["examples"],
             recall_uri=chosen["recall"],
             rank_uri=chosen["rank"],
             weights_uri=chosen["weights"],
+            rehearsal_uri=rehearsal,
             champion=champion(),
+            policy=json.dumps(get_current_context()["params"]["gate_policy"]),
         )
         return chosen | {"verdict": uri(outputs, "verdict")} | outputs["parameters"]
 
@@ -161,7 +201,8 @@ def train() -> None:
     planned = plan()
     recalls = recall.partial(plan=planned).expand(model=map_over("recall")(planned))
     ranks = rank.partial(plan=planned).expand(model=map_over("rank")(planned))
-    publish(report(gate(weights(choose(planned, recalls, ranks)))))
+    chosen = choose(planned, recalls, ranks)
+    publish(report(gate(weights(chosen), rehearse(chosen))))
 
 
 train()

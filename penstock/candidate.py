@@ -7,14 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from penstock import evaluation, export, training
 from penstock.catalogue import Catalogue
 from penstock.examples import read_slice
 from penstock.layers.experts import spread
+from penstock.ranking import TASKS
+
+SAMPLE = 500
+"""Of so many test rows `trained.parquet` holds what the trained model says, to hold what is served against."""
 
 
 def write_recall(examples: Path, trained: Path, out: Path) -> dict[str, float]:
-    """Writes `saved_model/`, `items.parquet`, `metrics.json`, `config.json` and `history.json`.
+    """Writes `saved_model/`, `items.parquet`, `trained.parquet`, and `{metrics,config,history,window}.json`.
 
     The figures are those of the exported model, so that they are of what will serve.
 
@@ -27,12 +33,17 @@ def write_recall(examples: Path, trained: Path, out: Path) -> dict[str, float]:
     queries = training.query_vectors(model, users.sample(min(users.height, 1024), seed=0), schema)
     searched = export.export_recall(model, schema, Catalogue.read(examples, schema), out, queries)
     figures = evaluation.recall_metrics(examples, out / "saved_model") | {"index": searched}
+    asked = evaluation.Queries.of(examples, "test").rows.head(SAMPLE)
+    vectors = training.query_vectors(model, asked, schema)
+    asked.select("event_id").with_columns(vector=pl.Series(vectors, dtype=pl.List(pl.Float32))).write_parquet(
+        out / "trained.parquet"
+    )
     _describe(trained, out, figures)
     return figures["validation"]
 
 
 def write_rank(examples: Path, trained: Path, out: Path) -> dict[str, float]:
-    """Writes `saved_model/`, `predictions/{validation,test}.parquet`, `metrics.json`, `config.json`, `history.json`.
+    """Writes `saved_model/`, `predictions/{validation,test}.parquet`, `trained.parquet`, and JSON as `write_recall`.
 
     Returns:
         The validation figures by name.
@@ -45,6 +56,11 @@ def write_rank(examples: Path, trained: Path, out: Path) -> dict[str, float]:
         predictions = evaluation.predict(examples, out / "saved_model", part)
         predictions.write_parquet(out / "predictions" / f"{part}.parquet")
         figures[part] = evaluation.rank_metrics(predictions)
+    asked = read_slice(examples, "test").head(SAMPLE)
+    says = training.scores(model, asked, schema)
+    asked.select("event_id").with_columns(**{f"p_{task}": pl.Series(says[task]) for task in TASKS}).write_parquet(
+        out / "trained.parquet"
+    )
     shares = training.gates(model, read_slice(examples, "validation"), schema)
     if shares:
         figures["gates"] = {task: spread(found) for task, found in shares.items()}
@@ -54,7 +70,7 @@ def write_rank(examples: Path, trained: Path, out: Path) -> dict[str, float]:
 
 def _describe(trained: Path, out: Path, figures: dict) -> None:
     (out / "metrics.json").write_text(json.dumps(figures, indent=1))
-    for name in ("config.json", "history.json"):
+    for name in ("config.json", "history.json", "window.json"):
         shutil.copyfile(trained / name, out / name)
     for part in ("validation", "test"):
         print(part, "  ".join(f"{name} {value:.4f}" for name, value in figures[part].items()), flush=True)

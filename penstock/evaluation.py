@@ -10,12 +10,13 @@ import numpy as np
 import polars as pl
 import tensorflow as tf
 
-from penstock import metrics
+from penstock import baselines, metrics
 from penstock.events import LABELS
-from penstock.examples import pad, read_slice
-from penstock.features import HISTORY_LENGTH, PRIOR_IMPRESSIONS
+from penstock.examples import read_slice
+from penstock.features import PRIOR_IMPRESSIONS
 from penstock.ranking import BINARY, WATCH_TIME
 from penstock.scoring import feed, score_rows
+from penstock.sessions import GAP_MS
 from penstock.training import RECALL_LABEL
 
 DEPTHS = (50, 200)
@@ -63,39 +64,20 @@ class Kinds(NamedTuple):
 
 
 def recall_metrics(examples: Path, saved_model: Path) -> dict[str, dict]:
-    """What a model and popularity find of the whole catalogue on both slices: `ranking_metrics` by slice.
+    """What a model and the baselines find of the whole catalogue on both slices: `ranking_metrics` by slice.
 
     A query is a user with the features of its first row in the slice; items of its history are left out of the answer,
     as in serving.
     """
-    signature = tf.saved_model.load(str(saved_model)).signatures["serving_default"]
     kinds = Kinds.of(examples)
-    found: dict[str, dict] = {"popularity": {}}
+    methods = {"popularity": baselines.popular, "item_item_cf": baselines.item_item}
+    found: dict[str, dict] = {name: {} for name in methods}
     for part in ("validation", "test"):
         queries = Queries.of(examples, part)
-        found[part] = ranking_metrics(retrieve(signature, queries.rows, max(DEPTHS)), queries, kinds)
-        found["popularity"][part] = ranking_metrics(popularity(examples, queries, max(DEPTHS)), queries, kinds)
+        found[part] = ranking_metrics(retrieve_from(saved_model, queries.rows, max(DEPTHS)), queries, kinds)
+        for name, answer in methods.items():
+            found[name][part] = ranking_metrics(answer(examples, queries.rows, max(DEPTHS)), queries, kinds)
     return found
-
-
-def popularity(examples: Path, queries: Queries, k: int) -> np.ndarray:
-    """The `k` items with most long views in the training slice that are not in each query's history: `[queries, k]`."""
-    popular = (
-        read_slice(examples, "train")
-        .filter(pl.col(RECALL_LABEL) == 1)["item_id"]
-        .value_counts(sort=True)
-        .sort(["count", "item_id"], descending=[True, False])["item_id"]
-        .to_numpy()
-    )
-    wide = popular[: k + HISTORY_LENGTH]
-    ranked = np.full((queries.rows.height, k), -1, np.int64)
-    for start in range(0, len(ranked), 4096):
-        histories = pad(queries.rows["history_items"].slice(start, 4096), HISTORY_LENGTH)
-        seen = (wide[None, :, None] == histories[:, None, :]).any(axis=2)
-        order = np.argsort(seen, axis=1, kind="stable")[:, :k]
-        left = np.where(np.take_along_axis(seen, order, axis=1), -1, wide[order])
-        ranked[start : start + 4096, : left.shape[1]] = left
-    return ranked
 
 
 def ranking_metrics(ranked: np.ndarray, queries: Queries, kinds: Kinds) -> dict[str, float]:
@@ -115,10 +97,15 @@ def ranking_metrics(ranked: np.ndarray, queries: Queries, kinds: Kinds) -> dict[
     return figures
 
 
+def retrieve_from(saved_model: Path, queries: pl.DataFrame, k: int) -> np.ndarray:
+    """`retrieve`, by a recall SavedModel."""
+    return retrieve(tf.saved_model.load(str(saved_model)).signatures["serving_default"], queries, k)
+
+
 def retrieve(signature: tf.types.experimental.ConcreteFunction, queries: pl.DataFrame, k: int) -> np.ndarray:
     """The `k` ids a recall signature answers for each row, the row's history left out: int64 `[rows, k]`."""
     inputs = signature.structured_input_signature[1]
-    answers = []
+    answers = [np.empty((0, k), np.int64)]
     for start in range(0, queries.height, 512):
         part = queries.slice(start, 512)
         fed = {
@@ -132,10 +119,11 @@ def retrieve(signature: tf.types.experimental.ConcreteFunction, queries: pl.Data
 
 
 def predict(examples: Path, saved_model: Path, part: str) -> pl.DataFrame:
-    """A slice's rows with what each head says, and what the gate compares by: popularity, new users and items.
+    """A slice's rows with what each head says, and what the gate compares by.
 
-    An item's popularity for a label is its rate of that label in the training slice, smoothed by `PRIOR_IMPRESSIONS` at
-    the mean rate; an item that was not there has the mean rate.
+    That is `session`, a number for each visit of a user (the log's own, else without a pause of `GAP_MS`); `new_user`,
+    `new_item`, `tail_item` (see `Kinds`); and `popularity_LABEL`, the item's rate of the label in the training slice,
+    smoothed by `PRIOR_IMPRESSIONS` at the mean rate, which an item has that was not there.
     """
     train, rows = read_slice(examples, "train"), read_slice(examples, part)
     rates = {label: train[label].cast(pl.Float64).to_numpy().mean() for label in LABELS}
@@ -156,8 +144,23 @@ def predict(examples: Path, saved_model: Path, part: str) -> pl.DataFrame:
             *(pl.col(f"popularity_{label}").fill_null(rate) for label, rate in rates.items()),
             new_user=~pl.col("user_id").is_in(train["user_id"].unique().implode()),
             new_item=~pl.col("item_id").is_in(train["item_id"].unique().implode()),
+            tail_item=pl.col("item_id").is_in(pl.Series(Kinds.of(examples).tail).implode()),
+            session=_sessions(rows),
         )
     )
+
+
+def _sessions(rows: pl.DataFrame) -> pl.Series:
+    """A number for each session of each user, in the order of the rows."""
+    ordered = rows.select("user_id", "event_time", "session_id").with_row_index().sort("user_id", "event_time", "index")
+    own = pl.col("session_id").is_not_null() & pl.col("session_id").shift(1).is_not_null()
+    apart = (
+        pl.when(own)
+        .then(pl.col("session_id") != pl.col("session_id").shift(1))
+        .otherwise(pl.col("event_time") - pl.col("event_time").shift(1) >= pl.duration(milliseconds=GAP_MS))
+    )
+    begins = (pl.col("user_id") != pl.col("user_id").shift(1)) | apart
+    return ordered.with_columns(session=begins.fill_null(True).cum_sum()).sort("index")["session"].cast(pl.Int64)
 
 
 def rank_metrics(predictions: pl.DataFrame) -> dict[str, float]:

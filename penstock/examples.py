@@ -8,6 +8,7 @@ in the served graph.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -296,7 +297,17 @@ def write_examples(
     start: datetime = rows["event_time"][0]
     window = Window(start.isoformat(), validation_start.isoformat(), test_start.isoformat(), end.isoformat())
     counts = {name: part.height for name, part in slices.items()}
-    (out / "window.json").write_text(json.dumps(dataclasses.asdict(window) | {"rows": counts}, indent=1))
+    digests = {name: _digest(part) for name, part in slices.items()}
+    about = dataclasses.asdict(window) | {"rows": counts, "digests": digests}
+    (out / "window.json").write_text(json.dumps(about, indent=1))
+
+
+def _digest(rows: pl.DataFrame) -> str:
+    """Of which events with which labels a slice is."""
+    digest = hashlib.sha256()
+    for name in ("event_id", *LABELS):
+        digest.update(rows[name].cast(pl.Int64).to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_slice(examples: Path, name: str) -> pl.DataFrame:

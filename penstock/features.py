@@ -459,6 +459,12 @@ def on_demand_of(service: str) -> tuple[OnDemand, ...]:
     return tuple(on_demand for on_demand in ON_DEMAND if on_demand.name in SERVICES[service])
 
 
+def names_of(service: str) -> set[str]:
+    """The features that a service gives, by name."""
+    groups: list[View | OnDemand] = [*views_of(service), *on_demand_of(service)]
+    return {feature.name for group in groups for feature in group.features}
+
+
 def default(dtype: pl.DataType) -> int | float | str | list[int]:
     """What stands for a missing value of `dtype`: 0, 0.0, "" or []."""
     if isinstance(dtype, pl.List):

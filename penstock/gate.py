@@ -1,9 +1,9 @@
 """The gate: may this candidate replace the champion? Each check is a row in words; no verdict is a rejection.
 
-The primary metric is the mean over the labels of the AUC of the fused score, on test rows that neither training nor
-the weight search has seen. Differences are paired on the same rows, with percentile intervals of a bootstrap that draws
-whole users. The first release, with no champion to beat, is held against its own best single head; every candidate is
-held against popularity.
+The primary figure is one of the fused score, on test rows that neither training nor the weight search has seen.
+Differences are paired on the same rows, users being what is independent. A first release, with no champion to beat, is
+held against its own best single head; every candidate is held against the baselines. The thresholds are data:
+`penstock.policy`.
 """
 
 from __future__ import annotations
@@ -18,41 +18,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from penstock import fusion, metrics, scoring
+import penstock
+from penstock import intervals, metrics, policy
 from penstock.events import LABELS
-from penstock.metrics import Array, Interval, MetricError
+from penstock.evidence import Champion, Evidence, gather
+from penstock.intervals import Estimate, Interval, Resampled
+from penstock.metrics import Array, MetricError
+from penstock.policy import MEAN_AUC
+from penstock.policy import Config as Policy
 
 RECALL = "recall@50"
-_RECALL_DEPTH = 50
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What a candidate must show.
-
-    Attributes:
-        confidence: of every interval, two-sided.
-        replicates: bootstrap draws; `seed` makes them the same each time.
-        margin: the low end of (candidate - champion), and of (candidate - popularity), must be above this.
-        single_head_margin: a first release may be this much worse than its best single head, at the low end.
-        head_margin: a head's AUC may be this much worse than the champion's, at the low end. With 600 positives the
-            interval of a paired difference is some ±0.017 wide: a smaller margin rejects for want of data.
-        minimum_rows, minimum_cases: test rows; positives, and negatives, of each label.
-        slice_rows, slice_cases: the same for a slice to be judged; smaller slices are only named.
-        recall_above_chance: the recall model must find this many times what a random list finds.
-    """
-
-    confidence: float = 0.95
-    replicates: int = 500
-    seed: int = 20
-    margin: float = 0.0
-    single_head_margin: float = 0.002
-    head_margin: float = 0.02
-    minimum_rows: int = 1000
-    minimum_cases: int = 50
-    slice_rows: int = 500
-    slice_cases: int = 30
-    recall_above_chance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,47 +44,17 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Champion:
-    """What is live, scored on the candidate's test rows."""
-
-    number: int
-    heads: Mapping[str, Array]
-    weights: Mapping[str, float]
-    manifest: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that is judged.
-
-    Attributes:
-        predictions: the rank model's predictions on the test rows.
-        test: event_id, event_time and labels of the test rows, as the examples have them.
-        seen: event_id and event_time of the training and validation rows.
-        single_head: the head that alone was best on validation.
-        recall: the recall model's figures on the test slice, and `items`, how many it can retrieve.
-        champion: None if nothing is live; a sentence if there is a champion that could not be scored.
-    """
-
-    predictions: pl.DataFrame
-    test: pl.DataFrame
-    seen: pl.DataFrame
-    weights: Mapping[str, float]
-    single_head: str
-    recall: Mapping[str, float]
-    champion: Champion | str | None
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What the gate says, and by what figures.
 
     Attributes:
         fused: AUC of the fused score, per label and their mean: the candidate's with its interval, and those it is
             held against.
-        heads: per label the AUC of its own head with DeLong's interval, the champion's and popularity's, and the
-            difference to the champion's with the bootstrap's interval.
-        slices: the fused AUC where the product is most easily hurt.
+        primary: the policy's figure: the candidate's, the opponent's, and the difference with interval and p-value.
+        heads: per label the AUC of its own head with its interval, the champion's and popularity's, the difference to
+            the champion's with its interval, and how well it is calibrated.
+        recall: by name (candidate, champion, baselines), the figures of the recall model with the interval of RECALL.
+        slices: the primary figure where the product is most easily hurt.
     """
 
     approved: bool
@@ -119,34 +64,39 @@ class Verdict:
     rows: int = 0
     users: int = 0
     fused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    primary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     heads: Mapping[str, Mapping[str, float | None]] = dataclasses.field(default_factory=dict)
+    recall: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     slices: tuple[Mapping[str, Any], ...] = ()
     policy: Policy = dataclasses.field(default_factory=Policy)
 
 
-def judge(evidence: Evidence, policy: Policy | None = None) -> Verdict:
+def judge(evidence: Evidence, by: Policy | None = None) -> Verdict:
     """The verdict on `evidence`; a figure that is not defined is a rejection, never an error."""
-    policy = policy or Policy()
-    champion = evidence.champion if isinstance(evidence.champion, Champion) else None
-    checks = [*_sound(evidence, policy), _recall(evidence, policy)]
+    by = by or Policy()
+    faults = by.faults()
+    if faults:
+        reason = f"The policy cannot be judged by: {'; '.join(faults)}."
+        return _verdict([Check("policy is complete", False, reason)], evidence, by)
+    checks = [*_sound(evidence, by), *_models(evidence), *_rehearsed(evidence.rehearsal, by)]
     if isinstance(evidence.champion, str):
         checks.append(Check("champion can be scored", False, evidence.champion))
     if not all(check.passed for check in checks):
-        return _verdict(checks, evidence, policy)
+        return _verdict(checks, evidence, by)
     try:
-        return _weigh(checks, evidence, champion, policy)
+        return _weigh(checks, evidence, by)
     except MetricError as error:
         undefined = Check("figures are defined", False, f"A figure is not defined: {error}.")
-        return _verdict([*checks, undefined], evidence, policy)
+        return _verdict([*checks, undefined], evidence, by)
 
 
-def _verdict(checks: Sequence[Check], evidence: Evidence | None, policy: Policy, **figures: Any) -> Verdict:
+def _verdict(checks: Sequence[Check], evidence: Evidence | None, by: Policy, **figures: Any) -> Verdict:
     failed = [check for check in checks if not check.passed]
     champion = evidence.champion if evidence else None
     more = len(failed) - 1
     rest = f"; {more} more check{'s' if more > 1 else ''} failed" if more > 0 else ""
     # an approval is told by its first comparison: the champion's, or popularity's
-    told = failed[0] if failed else next(check for check in checks if check.name.startswith("better than"))
+    told = failed[0] if failed else next(check for check in checks if check.name.startswith(("better", "not worse")))
     reason = told.reason[0].lower() + told.reason[1:].rstrip(".")
     sentence = f"{'Rejected' if failed else 'Approved'}: {reason}{rest}."
     return Verdict(
@@ -156,12 +106,12 @@ def _verdict(checks: Sequence[Check], evidence: Evidence | None, policy: Policy,
         champion=champion.number if isinstance(champion, Champion) else None,
         rows=evidence.predictions.height if evidence else 0,
         users=evidence.predictions["user_id"].n_unique() if evidence else 0,
-        policy=policy,
+        policy=by,
         **figures,
     )
 
 
-def _sound(evidence: Evidence, policy: Policy) -> list[Check]:
+def _sound(evidence: Evidence, by: Policy) -> list[Check]:
     """Whether the evidence can be judged at all."""
     found, test = evidence.predictions, evidence.test
     same = found["event_id"].equals(test["event_id"]) and all(found[label].equals(test[label]) for label in LABELS)
@@ -188,18 +138,21 @@ def _sound(evidence: Evidence, policy: Policy) -> list[Check]:
         reason = f"The scores of {', '.join(constant)} are the same for every row: the head ranks nothing."
     checks.append(Check("no head is constant", not constant, reason))
 
-    reason = f"There are {test.height:,} test rows; {policy.minimum_rows:,} are asked for."
+    reason = f"There are {test.height:,} test rows; {by.minimum_rows:,} are asked for."
     if not test.height:
         reason = "The test slice is empty: there is nothing to judge by."
-    checks.append(_least("enough test rows", test.height, policy.minimum_rows, reason))
+    checks.append(_least("enough test rows", test.height, by.minimum_rows, reason))
+    users = found["user_id"].n_unique()
+    reason = f"The test rows are of {users:,} users; {by.minimum_users:,} are asked for."
+    checks.append(_least("enough test users", users, by.minimum_users, reason))
     for label in LABELS:
         positives = int(test[label].sum() or 0)
         fewer = min(positives, test.height - positives)
         reason = (
             f"There are {positives:,} positives and {test.height - positives:,} negatives of {label}; "
-            f"{policy.minimum_cases} of each are asked for."
+            f"{by.minimum_cases} of each are asked for."
         )
-        checks.append(_least(f"enough cases of {label}", fewer, policy.minimum_cases, reason))
+        checks.append(_least(f"enough cases of {label}", fewer, by.minimum_cases, reason))
     return checks
 
 
@@ -226,258 +179,370 @@ def _minute(time: pl.DataFrame) -> str:
     return str(time.to_series().dt.strftime("%Y-%m-%d %H:%M UTC").item())
 
 
-def _recall(evidence: Evidence, policy: Policy) -> Check:
-    """Whether the recall model finds more than chance would: an index of shuffled ids does not."""
-    name = f"{RECALL} above chance"
-    value, items = evidence.recall.get(RECALL), evidence.recall.get("items")
-    if value is None or not items or not np.isfinite(value):
-        return Check(name, False, f"The recall model has no finite {RECALL} on the test slice, or no items.")
-    bound = policy.recall_above_chance * min(1.0, _RECALL_DEPTH / items)
-    reason = f"The recall model finds {value:.1%} of what users long-viewed; a random list finds {bound:.1%}."
-    return Check(name, value > bound or items <= _RECALL_DEPTH, reason, value=value, bound=bound)
+def _models(evidence: Evidence) -> Iterator[Check]:
+    """Whether the two models are of these examples, and the index of these items."""
+    others = [name for name, window in evidence.trained_on.items() if window != evidence.window]
+    reason = "Both models were trained on the training slice of these examples."
+    if others:
+        reason = (
+            f"The {' and '.join(others)} model was trained on other examples than the test rows are of: "
+            "it may have seen them."
+        )
+    yield Check("models are of these examples", not others, reason)
+
+    missing = np.setdiff1d(evidence.items, evidence.indexed).size
+    reason = f"All {evidence.items.size:,} items of the training slice can be retrieved."
+    if missing:
+        reason = f"{missing:,} of the {evidence.items.size:,} items of the training slice are not in the index."
+    yield Check("index holds the items", not missing, reason, value=float(missing), bound=0)
+
+    answered = evidence.answers["candidate"]
+    strange = np.setdiff1d(answered[answered >= 0], evidence.indexed).size
+    reason = "The recall model answers items of its own index."
+    if strange:
+        reason = f"The recall model answers {strange:,} items that items.parquet does not have: another index is in it."
+    yield Check("recall answers its own items", not strange, reason, value=float(strange), bound=0)
 
 
-class _Ranking:
-    """Scores under the same bootstrap draws: interval of any linear combination of their AUCs."""
+def _rehearsed(found: Mapping[str, Any] | None, by: Policy) -> Iterator[Check]:
+    """Whether a fresh server answers logged requests with the training graph's scores, in time."""
+    name = "a fresh server answers"
+    if not found:
+        yield Check(name, False, "The candidate was not loaded in a fresh server.")
+        return
+    if found.get("error"):
+        yield Check(name, False, f"A fresh server could not answer with the candidate: {found['error']}.")
+        return
+    try:
+        requests, finite = int(found["requests"]), bool(found["finite"])
+        difference, latency = float(found["largest_difference"]), float(found["p99_ms"])
+    except (KeyError, TypeError, ValueError) as error:
+        yield Check(name, False, f"The rehearsal does not say what it found: {type(error).__name__}: {error}.")
+        return
+    reason = f"A fresh server answered {requests:,} logged requests with finite scores."
+    if not requests or not finite:
+        reason = "A fresh server answered no request." if not requests else "A fresh server answered NaN or infinity."
+    yield Check(name, bool(requests and finite), reason, value=float(requests))
+    reason = (
+        f"Served scores differ from the training graph's by at most {difference:.2g}; "
+        f"{by.score_tolerance:.2g} is allowed."
+    )
+    yield Check(
+        "served scores are the training graph's",
+        difference <= by.score_tolerance,
+        reason,
+        value=difference,
+        bound=by.score_tolerance,
+    )
+    reason = f"99 of 100 rehearsed requests took at most {latency:.1f} ms; {by.latency_ms:g} ms are allowed."
+    yield Check("answers in time", latency <= by.latency_ms, reason, value=latency, bound=by.latency_ms)
 
-    def __init__(self, rows: pl.DataFrame, policy: Policy) -> None:
-        self._labels = {label: rows[label].to_numpy() for label in LABELS}
+
+class _Rows:
+    """Figures of scores on the same rows."""
+
+    def __init__(self, rows: pl.DataFrame, by: Policy) -> None:
+        self.labels = {label: rows[label].to_numpy() for label in LABELS}
         self._users = rows["user_id"].to_numpy()
-        self._policy = policy
-        self._cases: dict[tuple[str, str], Array] = {}
-        self.values: dict[tuple[str, str], float] = {}
-        self._drawn: dict[tuple[str, str], Array] = {}
+        self._sessions = rows["session"].to_numpy()
+        self._drawn = {"replicates": by.replicates, "seed": by.seed}
 
-    def add(self, name: str, scores: Array, labels: Sequence[str] = LABELS) -> None:
-        for label in labels:
-            self._cases[name, label] = scores
-            self.values[name, label] = metrics.auc(self._labels[label], scores)
+    def auc(self, label: str, scores: Array) -> Estimate:
+        return intervals.auc(self.labels[label], scores, self._users)
 
-    def draw(self) -> None:
-        cases = [(self._labels[label], scores) for (_, label), scores in self._cases.items()]
-        drawn = metrics.bootstrap_auc(cases, self._users, replicates=self._policy.replicates, seed=self._policy.seed)
-        self._drawn = dict(zip(self._cases, drawn.T, strict=True))
+    def mean_auc(self, scores: Array, labels: Sequence[str] = LABELS) -> Estimate:
+        return intervals.mean_estimate([self.auc(label, scores) for label in labels])
 
-    def mean(self, name: str, labels: Sequence[str] = LABELS) -> Interval:
-        values = float(np.mean([self.values[name, label] for label in labels]))
-        return self._interval(values, np.mean([self._drawn[name, label] for label in labels], axis=0))
-
-    def difference(self, first: str, second: str, labels: Sequence[str] = LABELS) -> Interval:
-        """Of the means over `labels`, first - second."""
-        value = float(np.mean([self.values[first, label] - self.values[second, label] for label in labels]))
-        drawn = [self._drawn[first, label] - self._drawn[second, label] for label in labels]
-        return self._interval(value, np.mean(drawn, axis=0))
-
-    def _interval(self, value: float, drawn: Array) -> Interval:
-        return metrics.percentile_interval(value, drawn, confidence=self._policy.confidence)
+    def figure(self, measure: str, scores: Array) -> Estimate | Resampled:
+        """A figure of a fused score, by its name in a policy."""
+        if measure == MEAN_AUC:
+            return self.mean_auc(scores)
+        kind, label = measure.split("_", 1)
+        if kind == "auc":
+            return self.auc(label, scores)
+        labels = self.labels[label]
+        if kind == "gauc":
+            return intervals.gauc(labels, scores, self._users, **self._drawn)
+        k = int(kind.removeprefix("ndcg@"))
+        return intervals.ndcg(labels, scores, self._sessions, self._users, k=k, **self._drawn)
 
 
 def _above(name: str, found: Interval, bound: float, reason: str) -> Check:
     return Check(name, found.low > bound, reason, found.value, found.low, found.high, bound)
 
 
-def _weigh(checks: list[Check], evidence: Evidence, champion: Champion | None, policy: Policy) -> Verdict:
+def _weigh(checks: list[Check], evidence: Evidence, by: Policy) -> Verdict:
     """The statistical checks, on evidence that is sound."""
+    champion = evidence.champion if isinstance(evidence.champion, Champion) else None
     rows = evidence.predictions
     heads = {label: rows[f"p_{label}"].cast(pl.Float64).to_numpy() for label in LABELS}
-    fused = fusion.fuse(heads, evidence.weights)
-    opponents: dict[str, Array] = {}
+    popularity = {label: rows[f"popularity_{label}"].cast(pl.Float64).to_numpy() for label in LABELS}
     if champion:
-        opponents["champion"] = fusion.fuse(champion.heads, champion.weights)
-        differs = _differs(fused, opponents["champion"], champion)
+        differs = _differs(evidence, champion)
         checks.append(differs)
         if not differs.passed:
-            return _verdict(checks, evidence, policy)
+            return _verdict(checks, evidence, by)
+        opponent, other = "champion", champion.score
     else:
-        opponents["single head"] = heads[evidence.single_head]
-    ranking = _Ranking(rows, policy)
-    for name, scores in {"candidate": fused, **opponents}.items():
-        ranking.add(name, scores)
-    for label in LABELS:
-        ranking.add("head", heads[label], [label])
-        # each label's own rate: the hardest bar that knows nothing of the user
-        ranking.add("popularity", rows[f"popularity_{label}"].cast(pl.Float64).to_numpy(), [label])
-        if champion:
-            ranking.add("champion head", champion.heads[label], [label])
-    ranking.draw()
-
-    checks += _comparisons(ranking, evidence, champion, policy)
+        opponent, other = "single head", heads[evidence.single_head]
+    on = _Rows(rows, by)
+    checks += _comparisons(on, evidence, champion, popularity, by)
     table = {}
     for label in LABELS:
-        own = metrics.delong_interval(rows[label].to_numpy(), heads[label], confidence=policy.confidence)
-        reason = f"The {label} head ranks {label} with an AUC of {own.value:.4f} ({_ends(own, policy)}); 0.5 is chance."
-        checks.append(_above(f"{label} head above chance", own, 0.5, reason))
-        table[label] = _head(label, own, ranking, champion)
-    slices = _slices(rows, fused, opponents.get("champion"), policy)
-    checks += [_harmless(found, policy) for found in slices if found["difference"] is not None]
+        table[label], of_head = _head(on, label, heads[label], champion, popularity[label], by)
+        checks += of_head
+    recall, of_recall = _recalls(evidence, champion, by)
+    checks += of_recall
+    slices = _slices(rows, evidence.score, champion.score if champion else None, by)
+    checks += [_harmless(found, by) for found in slices if found["difference"] is not None]
+    fused: dict[str, dict[str, float]] = {}
+    for name, scores in (("candidate", evidence.score), (opponent, other)):
+        mean = on.mean_auc(scores).interval(by.confidence)
+        fused[name] = {label: on.auc(label, scores).value for label in LABELS} | dataclasses.asdict(mean)
+    alone = {label: on.auc(label, popularity[label]) for label in LABELS}
+    mean = intervals.mean_estimate(list(alone.values())).interval(by.confidence)
+    fused["popularity"] = {label: found.value for label, found in alone.items()} | dataclasses.asdict(mean)
+    difference = _difference(on, by.primary, evidence.score, other)
+    primary = {
+        "measure": by.primary,
+        "candidate": on.figure(by.primary, evidence.score).value,
+        "opponent": opponent,
+        "opponent_value": on.figure(by.primary, other).value,
+        "difference": dataclasses.asdict(difference.interval(by.confidence)),
+        "p_value": difference.p_value if isinstance(difference, Estimate) else None,
+    }
     return _verdict(
-        checks,
-        evidence,
-        policy,
-        fused={
-            name: {label: ranking.values[name, label] for label in LABELS} | dataclasses.asdict(ranking.mean(name))
-            for name in ("candidate", *opponents, "popularity")
-        },
-        heads=table,
-        slices=tuple(slices),
+        checks, evidence, by, fused=fused, primary=primary, heads=table, recall=recall, slices=tuple(slices)
     )
 
 
-def _differs(fused: Array, champion_fused: Array, champion: Champion) -> Check:
+def _difference(on: _Rows, measure: str, first: Array, second: Array) -> Estimate | Resampled:
+    a, b = on.figure(measure, first), on.figure(measure, second)
+    return a - b if isinstance(a, Estimate) and isinstance(b, Estimate) else _resampled(a) - _resampled(b)
+
+
+def _resampled(found: Estimate | Resampled) -> Resampled:
+    assert isinstance(found, Resampled)
+    return found
+
+
+def _differs(evidence: Evidence, champion: Champion) -> Check:
     name = "differs from the champion"
-    if np.array_equal(metrics.midranks(fused), metrics.midranks(champion_fused)):
+    if np.array_equal(metrics.midranks(evidence.score), metrics.midranks(champion.score)):
         reason = f"The candidate ranks every test row exactly as champion {champion.number} does: nothing is new in it."
         return Check(name, False, reason)
     return Check(name, True, f"Candidate and champion {champion.number} rank the test rows differently.")
 
 
-def _ends(found: Interval, policy: Policy) -> str:
-    return f"{policy.confidence:.0%} interval {found.low:.4f} to {found.high:.4f}"
+def _ends(found: Interval, by: Policy) -> str:
+    return f"{by.confidence:.0%} interval {found.low:.4f} to {found.high:.4f}"
 
 
-def _change(found: Interval, policy: Policy) -> str:
-    return f"{found.value:+.4f}, {policy.confidence:.0%} interval {found.low:+.4f} to {found.high:+.4f}"
+def _change(found: Interval, by: Policy) -> str:
+    return f"{found.value:+.4f}, {by.confidence:.0%} interval {found.low:+.4f} to {found.high:+.4f}"
 
 
-def _comparisons(ranking: _Ranking, evidence: Evidence, champion: Champion | None, policy: Policy) -> Iterator[Check]:
-    """The candidate against the champion, popularity, and for a first release its best single head."""
-    rows = evidence.predictions.height
-    where = f"On {rows:,} test rows the mean AUC of the fused score is {ranking.mean('candidate').value:.4f}"
+def measure_in_words(measure: str) -> str:
+    """How a figure of the fused score is called in a sentence."""
+    if measure == MEAN_AUC:
+        return "mean AUC"
+    kind, label = measure.split("_", 1)
+    return f"{kind.upper()} of {label}"
 
-    def against(name: str, whose: str, margin: float) -> tuple[Interval, str]:
-        found = ranking.difference("candidate", name)
-        theirs = ranking.mean(name).value
-        allowed = f"; above {margin:+.4f} is asked for" if margin else ""
-        return found, f"{where}, {whose} is {theirs:.4f} (difference {_change(found, policy)}{allowed})."
+
+def _comparisons(
+    on: _Rows, evidence: Evidence, champion: Champion | None, popularity: Mapping[str, Array], by: Policy
+) -> Iterator[Check]:
+    """The fused score against the champion's, popularity's, and for a first release its best single head's."""
+    rows = evidence.predictions
+
+    def against(measure: str, other: Array, whose: str, bound: float) -> tuple[Interval, str]:
+        found = _difference(on, measure, evidence.score, other).interval(by.confidence)
+        own, theirs = (on.figure(measure, scores).value for scores in (evidence.score, other))
+        allowed = f"; above {bound:+.4f} is asked for" if bound else ""
+        return found, (
+            f"On {rows.height:,} test rows the {measure_in_words(measure)} of the fused score is {own:.4f}, {whose} is "
+            f"{theirs:.4f} (difference {_change(found, by)}{allowed})."
+        )
 
     if champion:
-        found, reason = against("champion", f"champion {champion.number}'s", policy.margin)
-        yield _above("better than the champion", found, policy.margin, reason)
-        for label in LABELS:
-            found = ranking.difference("head", "champion head", [label])
+        found, reason = against(by.primary, champion.score, f"champion {champion.number}'s", by.margin)
+        yield _above("better than the champion", found, by.margin, reason)
+        name = "gain is plausible"
+        reason = f"A gain of {found.value:+.4f} is one that a model can have; {by.highest_gain:+.4f} would be too much."
+        if found.value > by.highest_gain:
             reason = (
-                f"The AUC of the {label} head differs from champion {champion.number}'s by {_change(found, policy)}; "
-                f"above {-policy.head_margin:+.4f} is asked for."
+                f"A gain of {found.value:+.4f} over champion {champion.number} is more than {by.highest_gain:+.4f}: "
+                "look for a feature that knows the label."
             )
-            yield _above(f"{label} head not worse than the champion's", found, -policy.head_margin, reason)
-    found, reason = against("popularity", "popularity's", policy.margin)
-    yield _above("better than popularity", found, policy.margin, reason)
+        yield Check(name, found.value <= by.highest_gain, reason, value=found.value, bound=by.highest_gain)
+        for measure, margin in by.guardrails.items():
+            if policy.fused_measure(measure):
+                found, reason = against(measure, champion.score, f"champion {champion.number}'s", -margin)
+                yield _above(f"{measure_in_words(measure)} not worse than the champion's", found, -margin, reason)
+    if "popularity" in by.baselines:
+        # each label's own rate: the hardest bar that knows nothing of the user
+        bound = by.baselines["popularity"]
+        own = on.mean_auc(evidence.score)
+        theirs = intervals.mean_estimate([on.auc(label, popularity[label]) for label in LABELS])
+        found = (own - theirs).interval(by.confidence)
+        reason = (
+            f"On {rows.height:,} test rows the mean AUC of the fused score is {own.value:.4f}, popularity's is "
+            f"{theirs.value:.4f} (difference {_change(found, by)})."
+        )
+        yield _above("better than popularity", found, bound, reason)
     if not champion:
         whose = f"that of the {evidence.single_head} head alone"
-        found, reason = against("single head", whose, -policy.single_head_margin)
-        yield _above("not worse than the best single head", found, -policy.single_head_margin, reason)
+        head = rows[f"p_{evidence.single_head}"].cast(pl.Float64).to_numpy()
+        found, reason = against(by.primary, head, whose, -by.single_head_margin)
+        yield _above("not worse than the best single head", found, -by.single_head_margin, reason)
 
 
-def _head(label: str, own: Interval, ranking: _Ranking, champion: Champion | None) -> dict[str, float | None]:
-    against = ranking.difference("head", "champion head", [label]) if champion else None
-    return {
-        "auc": own.value,
-        "low": own.low,
-        "high": own.high,
-        "champion": ranking.values["champion head", label] if champion else None,
-        "difference": against.value if against else None,
-        "difference_low": against.low if against else None,
-        "difference_high": against.high if against else None,
-        "popularity": ranking.values["popularity", label],
+def _head(
+    on: _Rows, label: str, scores: Array, champion: Champion | None, popularity: Array, by: Policy
+) -> tuple[dict[str, float | None], list[Check]]:
+    """The figures of a head, and whether it is worth having."""
+    estimate = on.auc(label, scores)
+    own = estimate.interval(by.confidence)
+    reason = f"The {label} head ranks {label} with an AUC of {own.value:.4f} ({_ends(own, by)}); 0.5 is chance."
+    checks = [_above(f"{label} head above chance", own, 0.5, reason)]
+    reason = f"An AUC of {own.value:.4f} of the {label} head is not above {by.highest_auc:g}."
+    if own.value > by.highest_auc:
+        reason = (
+            f"An AUC of {own.value:.4f} of the {label} head is above {by.highest_auc:g}: "
+            "look for a feature that knows the label."
+        )
+    plausible = own.value <= by.highest_auc
+    checks.append(Check(f"{label} head is plausible", plausible, reason, value=own.value, bound=by.highest_auc))
+    figures: dict[str, float | None] = {
+        **{"auc": own.value, "low": own.low, "high": own.high},
+        **dict.fromkeys(("champion", "difference", "difference_low", "difference_high")),
+        "popularity": on.auc(label, popularity).value,
     }
+    if champion:
+        theirs = on.auc(label, champion.heads[label])
+        against = (estimate - theirs).interval(by.confidence)
+        reason = (
+            f"The AUC of the {label} head differs from champion {champion.number}'s by {_change(against, by)}; "
+            f"above {-by.heads[label]:+.4f} is asked for."
+        )
+        checks.append(_above(f"{label} head not worse than the champion's", against, -by.heads[label], reason))
+        figures |= {"champion": theirs.value, "difference": against.value}
+        figures |= {"difference_low": against.low, "difference_high": against.high}
+    for name, of, bound, called in (
+        ("ratio", metrics.calibration_ratio, by.calibration_ratio, "what the head predicts over what happened"),
+        ("slope", metrics.calibration_slope, by.calibration_slope, "the slope of what happened over what it predicts"),
+    ):
+        value = of(on.labels[label], scores)
+        reason = f"For {label}, {called} is {value:.3f}; {1 / bound:.3f} to {bound:.3f} is asked for."
+        inside = 1 / bound <= value <= bound
+        checks.append(Check(f"{label} head is calibrated ({name})", inside, reason, value=value, bound=bound))
+        figures[f"calibration_{name}"] = value
+    return figures, checks
 
 
-def _slices(rows: pl.DataFrame, fused: Array, champion: Array | None, policy: Policy) -> list[dict[str, Any]]:
-    """Fused AUC for new users, new items and each scenario, over the labels with enough cases there."""
-    masks = {"new users": rows["new_user"], "known users": ~rows["new_user"], "new items": rows["new_item"]}
-    masks |= {f"scenario {value}": rows["scenario"] == value for value in rows["scenario"].unique().sort()}
+def _recalls(
+    evidence: Evidence, champion: Champion | None, by: Policy
+) -> tuple[dict[str, dict[str, float]], list[Check]]:
+    """The recall model against the champion's and the baselines, user by user."""
+    answers = dict(evidence.answers) | ({"champion": champion.answers} if champion else {})
+    drawn = {"replicates": by.replicates, "seed": by.seed}
+
+    def by_user(name: str, measure: str) -> Resampled:
+        kind, k = measure.split("@")
+        of = {"recall": metrics.recall_by_user, "ndcg": metrics.ndcg_by_user}[kind]
+        return intervals.average(of(answers[name][:, : int(k)], evidence.relevant), **drawn)
+
+    table = {}
+    for name in answers:
+        found = by_user(name, RECALL).interval(by.confidence)
+        table[name] = {measure: by_user(name, measure).value for measure in policy.RECALL_MEASURES}
+        table[name] |= {"low": found.low, "high": found.high}
+    checks = []
+    own = table["candidate"][RECALL]
+    for name, margin in by.baselines.items():
+        found = (by_user("candidate", RECALL) - by_user(name, RECALL)).interval(by.confidence)
+        called = {"popularity": "the most popular items", "item_item_cf": "item-item CF"}[name]
+        reason = (
+            f"The recall model finds {own:.1%} of what users long-viewed, {called} {table[name][RECALL]:.1%} "
+            f"({RECALL}; difference {_change(found, by)})."
+        )
+        checks.append(_above(f"recall better than {called}", found, margin, reason))
+    for measure, margin in by.guardrails.items():
+        if champion and measure in policy.RECALL_MEASURES:
+            found = (by_user("candidate", measure) - by_user("champion", measure)).interval(by.confidence)
+            reason = (
+                f"The {measure} of the recall model differs from champion {champion.number}'s by {_change(found, by)}; "
+                f"above {-margin:+.4f} is asked for."
+            )
+            checks.append(_above(f"{measure} not worse than the champion's", found, -margin, reason))
+    return table, checks
+
+
+def _slices(rows: pl.DataFrame, score: Array, champion: Array | None, by: Policy) -> list[dict[str, Any]]:
+    """The fused AUC in the policy's slices, over the labels with enough cases there."""
+    columns = {
+        "new users": rows["new_user"],
+        "known users": ~rows["new_user"],
+        "new items": rows["new_item"],
+        "tail items": rows["tail_item"],
+    }
+    masks = {name: columns[name] for name in by.slices if name in columns}
+    if "scenarios" in by.slices:
+        masks |= {f"scenario {value}": rows["scenario"] == value for value in rows["scenario"].unique().sort()}
     return [
-        _slice(name, rows.filter(mask), fused[inside], champion[inside] if champion is not None else None, policy)
+        _slice(name, rows.filter(mask), score[inside], champion[inside] if champion is not None else None, by)
         for name, mask in masks.items()
         for inside in [mask.to_numpy()]
     ]
 
 
-def _slice(name: str, rows: pl.DataFrame, fused: Array, champion: Array | None, policy: Policy) -> dict[str, Any]:
-    cases = {label: int(rows[label].sum()) for label in LABELS}
-    labels = [
-        label for label, positives in cases.items() if min(positives, rows.height - positives) >= policy.slice_cases
-    ]
+def _slice(name: str, rows: pl.DataFrame, score: Array, champion: Array | None, by: Policy) -> dict[str, Any]:
+    labels = [label for label in LABELS if _enough(rows, label, by.slice_cases)]
     figures = ("auc", "low", "high", "champion", "difference", "difference_low", "difference_high")
     found: dict[str, Any] = {"name": name, "rows": rows.height, "labels": labels, **dict.fromkeys(figures)}
-    if rows.height < policy.slice_rows or rows["user_id"].n_unique() < policy.slice_cases or not labels:
+    if rows.height < by.slice_rows or not labels:
         return found
-    ranking = _Ranking(rows, policy)
-    ranking.add("candidate", fused, labels)
+    on = _Rows(rows, by)
+    own = on.mean_auc(score, labels)
+    interval = own.interval(by.confidence)
+    found |= {"auc": own.value, "low": interval.low, "high": interval.high}
     if champion is not None:
-        ranking.add("champion", champion, labels)
-    try:
-        ranking.draw()
-    except MetricError:
-        return found  # its positives come from a handful of users: too few to say anything
-    own = ranking.mean("candidate", labels)
-    found |= {"auc": own.value, "low": own.low, "high": own.high}
-    if champion is not None:
-        difference = ranking.difference("candidate", "champion", labels)
-        found["champion"] = ranking.mean("champion", labels).value
+        theirs = on.mean_auc(champion, labels)
+        difference = (own - theirs).interval(by.confidence)
+        found["champion"] = theirs.value
         found |= {"difference": difference.value, "difference_low": difference.low, "difference_high": difference.high}
     return found
 
 
-def _harmless(found: Mapping[str, Any], policy: Policy) -> Check:
+def _enough(rows: pl.DataFrame, label: str, cases: int) -> bool:
+    """Whether positives and negatives are so many, and of so many users: a handful of users says nothing."""
+    return all(
+        part.height >= cases and part["user_id"].n_unique() >= cases
+        for part in (rows.filter(pl.col(label) == 1), rows.filter(pl.col(label) == 0))
+    )
+
+
+def _harmless(found: Mapping[str, Any], by: Policy) -> Check:
     """Fails if the candidate is shown to be worse in a slice: the whole interval below nought."""
     difference = Interval(found["difference"], found["difference_low"], found["difference_high"])
     reason = (
         f"For {found['name']} ({found['rows']:,} rows) the fused AUC differs from the champion's by "
-        f"{_change(difference, policy)}; an interval wholly below 0 is harm."
+        f"{_change(difference, by)}; an interval wholly below 0 is harm."
     )
     name = f"no harm to {found['name']}"
     return Check(name, difference.high >= 0, reason, difference.value, difference.low, difference.high, 0.0)
 
 
-def gather(examples: Path, recall: Path, rank: Path, weights: Path, champion: Path | None) -> Evidence:
-    """Reads what is to be judged, and scores the champion (a release directory) on the candidate's test rows.
-
-    Raises:
-        OSError, ValueError, KeyError: an artifact of the candidate is missing or not as it should be.
-    """
-    keys = ["event_id", "event_time"]
-    test = pl.read_parquet(examples / "test.parquet")
-    seen = pl.concat(pl.read_parquet(examples / f"{part}.parquet", columns=keys) for part in ("train", "validation"))
-    document = json.loads((weights / "weights.json").read_text())
-    grid = pl.read_parquet(weights / "grid.parquet")
-    figures = json.loads((recall / "metrics.json").read_text())["test"]
-    items = pl.scan_parquet(recall / "items.parquet").select(pl.len()).collect().item()
-    predictions = pl.read_parquet(rank / "predictions" / "test.parquet")
-    needed = {"event_id", "user_id", "scenario", "new_user", "new_item", *LABELS}
-    needed |= {f"popularity_{label}" for label in LABELS}
-    needed |= {f"p_{label}" for label in LABELS}
-    missing = sorted(needed - set(predictions.columns))
-    if missing:
-        raise ValueError(f"the predictions lack the column {', '.join(missing)}")
-    return Evidence(
-        predictions=predictions,
-        test=test.select(*keys, *LABELS),
-        seen=seen,
-        weights=document["weights"],
-        single_head=fusion.best_single_head(grid),
-        recall={**figures, "items": items},
-        champion=_champion(champion, test) if champion else None,
-    )
-
-
-def _champion(release: Path, test: pl.DataFrame) -> Champion | str:
-    try:
-        manifest = json.loads((release / "manifest.json").read_text())
-        weights = json.loads((release / "weights.json").read_text())["weights"]
-        heads = scoring.score_rows(release / "rank", test)
-        fused = fusion.fuse(heads, weights)
-        missing = [label for label in LABELS if label not in heads]
-        if missing or not np.isfinite(fused).all() or not all(np.isfinite(heads[label]).all() for label in LABELS):
-            return f"The champion's scores on the test rows are not finite, or a head is missing ({release.name})."
-        return Champion(int(manifest["release"]), heads, weights, manifest)
-    except Exception as error:  # whatever TensorFlow or a broken file raises: no champion, no comparison
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return f"Champion {release.name} cannot be loaded and scored on the test rows: {reason[0]}."
-
-
 def judge_candidate(
-    examples: Path, recall: Path, rank: Path, weights: Path, champion: str, out: Path, policy: Policy | None = None
+    examples: Path,
+    recall: Path,
+    rank: Path,
+    weights: Path,
+    rehearsal: Path | None,
+    champion: str,
+    out: Path,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Verdict:
     """Judges a candidate's artifacts and writes `verdict.json`, and `champion.parquet` if there is a champion.
 
@@ -485,24 +550,34 @@ def judge_candidate(
     changed, the `champion_manifest` (with the `data_window` of the champion's own verdict).
 
     Args:
+        rehearsal: the directory of `rehearsal.json`; without it the candidate is rejected.
         champion: the champion's release directory; "" if nothing is live.
+        overrides: of the policy, as they come from JSON.
     """
     out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {"first_release": not champion}
     try:
-        evidence = gather(examples, recall, rank, weights, Path(champion) if champion else None)
-        document["data_window"] = json.loads((examples / "window.json").read_text())
-        verdict = judge(evidence, policy)
+        by = penstock.config(policy, overrides or {})
+    except ValueError as error:
+        verdict = _verdict([Check("policy is complete", False, f"The policy: {error}.")], None, Policy())
+        return _written(verdict, document, out)
+    try:
+        evidence = gather(examples, recall, rank, weights, rehearsal, Path(champion) if champion else None)
+        document["data_window"] = evidence.window
+        verdict = judge(evidence, by)
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         said = (str(error).splitlines() or [""])[0]
         reason = f"The candidate's artifacts cannot be judged: {type(error).__name__}: {said}."
-        verdict = _verdict([Check("artifacts are complete", False, reason)], None, policy or Policy())
+        verdict = _verdict([Check("artifacts are complete", False, reason)], None, by)
     else:
         if isinstance(evidence.champion, Champion):
             document["champion_manifest"] = _manifest(Path(champion), evidence.champion)
             _champion_scores(evidence, evidence.champion).write_parquet(out / "champion.parquet")
-    document = dataclasses.asdict(verdict) | document
-    (out / "verdict.json").write_text(json.dumps(document, indent=2) + "\n")
+    return _written(verdict, document, out)
+
+
+def _written(verdict: Verdict, document: Mapping[str, Any], out: Path) -> Verdict:
+    (out / "verdict.json").write_text(json.dumps({**dataclasses.asdict(verdict), **document}, indent=2) + "\n")
     return verdict
 
 
@@ -516,5 +591,4 @@ def _manifest(release: Path, champion: Champion) -> dict[str, Any]:
 
 def _champion_scores(evidence: Evidence, champion: Champion) -> pl.DataFrame:
     heads = {f"p_{label}": champion.heads[label] for label in LABELS}
-    score = fusion.fuse(champion.heads, champion.weights)
-    return evidence.test.select("event_id").with_columns(score=score, **heads)
+    return evidence.test.select("event_id").with_columns(score=champion.score, **heads)

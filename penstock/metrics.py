@@ -1,4 +1,4 @@
-"""Ranking and probability metrics, exact, with the intervals that a decision needs. NumPy float64 throughout.
+"""Ranking and probability metrics, exact. NumPy float64 throughout.
 
 Notation: labels `y` [n] in {0, 1}, scores `s` [n], `m` positives, `n - m` negatives. Everything raises MetricError
 rather than return a number that means nothing (one class, NaN, no rows).
@@ -6,9 +6,8 @@ rather than return a number that means nothing (one class, NaN, no rows).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +19,6 @@ Integers = npt.NDArray[np.int64]
 
 class MetricError(ValueError):
     """A metric that is not defined on what it was given; the message says why."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with the ends of its confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -52,16 +42,6 @@ class Roc:
     true_positive_rate: Array
 
 
-@dataclass(frozen=True)
-class PairedAuc:
-    """Two AUCs on the same rows: `difference` is a - b with DeLong's interval, `p_value` two-sided."""
-
-    a: float
-    b: float
-    difference: Interval
-    p_value: float
-
-
 def _scores(scores: npt.ArrayLike, rows: int, what: str = "scores") -> Array:
     values = np.asarray(scores, dtype=np.float64)
     if values.shape != (rows,):
@@ -81,6 +61,16 @@ def _labels(labels: npt.ArrayLike, *, both: bool = True) -> Bools:
     if both and (positive.all() or not positive.any()):
         raise MetricError(f"all {values.size} labels are {int(positive[0])}: AUC needs both classes")
     return positive
+
+
+def checked(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Bools, Array]:
+    """Which rows are positive, and their scores in float64.
+
+    Raises:
+        MetricError: no rows, one class only, or scores that are not finite.
+    """
+    positive = _labels(labels)
+    return positive, _scores(scores, positive.size)
 
 
 def _runs(changed: Bools) -> Integers:
@@ -106,8 +96,8 @@ def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     Raises:
         MetricError: no rows, one class only, or scores that are not finite.
     """
-    positive = _labels(labels)
-    ranks = midranks(_scores(scores, positive.size))
+    positive, values = checked(labels, scores)
+    ranks = midranks(values)
     return _auc_of_ranks(float(ranks[positive].sum()), int(positive.sum()), positive.size)
 
 
@@ -134,25 +124,77 @@ def gauc(labels: npt.ArrayLike, scores: npt.ArrayLike, users: npt.ArrayLike) -> 
     Raises:
         MetricError: no user has both classes, or what `auc` refuses.
     """
+    areas, impressions, _ = auc_by_group(labels, scores, users)
+    return float(np.average(areas, weights=impressions))
+
+
+def auc_by_group(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, groups: npt.ArrayLike
+) -> tuple[Array, Integers, Integers]:
+    """The AUC within each group that has both classes, the group's rows, and one of them: each `[groups]`.
+
+    Raises:
+        MetricError: no group has both classes, or what `auc` refuses.
+    """
     positive = _labels(labels, both=False)
     values = _scores(scores, positive.size)
-    codes = np.unique(np.asarray(users), return_inverse=True)[1].reshape(-1)
-    if codes.size != positive.size:
-        raise MetricError(f"{codes.size} users for {positive.size} labels")
+    codes = _group_codes(groups, positive.size)
     order = np.lexsort((values, codes))
-    user, ordered, hit = codes[order], values[order], positive[order]
-    impressions = np.bincount(user)
-    positives = np.bincount(user, weights=hit)
-    both = (positives > 0) & (positives < impressions)
+    group, ordered, hit = codes[order], values[order], positive[order]
+    count = np.bincount(group)
+    positives = np.bincount(group, weights=hit)
+    both = (positives > 0) & (positives < count)
     if not both.any():
         raise MetricError("no user has both a positive and a negative: GAUC is not defined")
-    bounds = _runs((ordered[1:] != ordered[:-1]) | (user[1:] != user[:-1]))
-    first = np.concatenate(([0], np.cumsum(impressions)[:-1]))
-    ranks = np.repeat((bounds[:-1] + bounds[1:] + 1) / 2, np.diff(bounds)) - first[user]
-    rank_sums = np.bincount(user, weights=ranks * hit)
-    count, m = impressions[both], positives[both]
-    values_by_user = (rank_sums[both] - m * (m + 1) / 2) / (m * (count - m))
-    return float(np.average(values_by_user, weights=count))
+    bounds = _runs((ordered[1:] != ordered[:-1]) | (group[1:] != group[:-1]))
+    first = np.concatenate(([0], np.cumsum(count)[:-1]))
+    ranks = np.repeat((bounds[:-1] + bounds[1:] + 1) / 2, np.diff(bounds)) - first[group]
+    rank_sums = np.bincount(group, weights=ranks * hit)
+    n, m = count[both], positives[both]
+    return (rank_sums[both] - m * (m + 1) / 2) / (m * (n - m)), n, order[first[both]]
+
+
+def session_ndcg(labels: npt.ArrayLike, scores: npt.ArrayLike, sessions: npt.ArrayLike, k: int) -> float:
+    """NDCG@k of the rows of each session, averaged over the sessions with a positive.
+
+    Rows that tie share the mean of the discounts of their places: the expectation over their orders (McSherry and
+    Najork, ECIR 2008, section 2.6).
+
+    Raises:
+        MetricError: no session has a positive, or what `auc` refuses but for one class.
+    """
+    return float(ndcg_by_session(labels, scores, sessions, k)[0].mean())
+
+
+def ndcg_by_session(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, sessions: npt.ArrayLike, k: int
+) -> tuple[Array, Integers]:
+    """`session_ndcg` of each session with a positive, and one of its rows: each `[sessions]`."""
+    positive = _labels(labels, both=False)
+    values = _scores(scores, positive.size)
+    codes = _group_codes(sessions, positive.size)
+    order = np.lexsort((-values, codes))
+    session, ordered, hit = codes[order], values[order], positive[order]
+    count = np.bincount(session)
+    positives = np.bincount(session, weights=hit).astype(np.int64)
+    some = positives > 0
+    if not some.any():
+        raise MetricError("no session has a positive: NDCG is not defined")
+    gains = np.concatenate(([0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))))
+    first = np.concatenate(([0], np.cumsum(count)[:-1]))
+    bounds = _runs((ordered[1:] != ordered[:-1]) | (session[1:] != session[:-1]))
+    length = np.diff(bounds)
+    place = bounds[:-1] - first[session[bounds[:-1]]]
+    discounts = (gains[np.minimum(place + length, k)] - gains[np.minimum(place, k)]) / length
+    dcg = np.bincount(session, weights=np.repeat(discounts, length) * hit)
+    return dcg[some] / gains[np.minimum(positives[some], k)], order[first[some]]
+
+
+def _group_codes(groups: npt.ArrayLike, rows: int) -> Integers:
+    codes = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    if codes.size != rows:
+        raise MetricError(f"{codes.size} groups for {rows} labels")
+    return codes
 
 
 def _hits(ranked: npt.ArrayLike, relevant: Sequence[npt.ArrayLike]) -> tuple[Bools, Integers]:
@@ -187,9 +229,13 @@ def recall_at_k(ranked: npt.ArrayLike, relevant: Sequence[npt.ArrayLike]) -> flo
     Raises:
         MetricError: no user has a relevant item, or the shapes do not fit.
     """
+    return float(np.nanmean(recall_by_user(ranked, relevant)))
+
+
+def recall_by_user(ranked: npt.ArrayLike, relevant: Sequence[npt.ArrayLike]) -> Array:
+    """`recall_at_k` of each user `[users]`; NaN of one without a relevant item."""
     hits, sizes = _hits(ranked, relevant)
-    some = sizes > 0
-    return float((hits.sum(axis=1)[some] / sizes[some]).mean())
+    return np.where(sizes > 0, hits.sum(axis=1) / np.maximum(sizes, 1), np.nan)
 
 
 def ndcg_at_k(ranked: npt.ArrayLike, relevant: Sequence[npt.ArrayLike]) -> float:
@@ -198,11 +244,15 @@ def ndcg_at_k(ranked: npt.ArrayLike, relevant: Sequence[npt.ArrayLike]) -> float
     DCG_u = Σ_{j = 1..k} [item_j ∈ R_u] / log2(j + 1); the best list has min(k, |R_u|) hits at its top.
     Arguments and errors as for `recall_at_k`.
     """
+    return float(np.nanmean(ndcg_by_user(ranked, relevant)))
+
+
+def ndcg_by_user(ranked: npt.ArrayLike, relevant: Sequence[npt.ArrayLike]) -> Array:
+    """`ndcg_at_k` of each user `[users]`; NaN of one without a relevant item."""
     hits, sizes = _hits(ranked, relevant)
     discounts = 1 / np.log2(np.arange(2, hits.shape[1] + 2))
-    ideal = np.concatenate(([0.0], np.cumsum(discounts)))[np.minimum(sizes, hits.shape[1])]
-    some = sizes > 0
-    return float(((hits @ discounts)[some] / ideal[some]).mean())
+    ideal = np.concatenate(([np.nan], np.cumsum(discounts)))[np.minimum(sizes, hits.shape[1])]
+    return np.asarray((hits @ discounts) / ideal, dtype=np.float64)
 
 
 def coverage(ranked: npt.ArrayLike, items: npt.ArrayLike) -> float:
@@ -258,132 +308,48 @@ def calibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int =
     return Calibration(probability, share, count, error)
 
 
+def calibration_ratio(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
+    """What is predicted over what happened: Σ p / Σ y; 1 is calibrated in the large.
+
+    Raises:
+        MetricError: what `log_loss` refuses, or no positive.
+    """
+    positive = _labels(labels)
+    return float(_probabilities(probabilities, positive.size).sum() / positive.sum())
+
+
+def calibration_slope(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
+    """The slope b of logit P(y = 1) = a + b logit(p) by maximum likelihood (Cox, Biometrika 1958); 1 is calibrated.
+
+    Below 1 the probabilities are too extreme, above 1 too timid. p is kept 1e-6 away from 0 and 1.
+
+    Raises:
+        MetricError: what `auc` or `log_loss` refuses.
+    """
+    positive = _labels(labels)
+    p = np.clip(_probabilities(probabilities, positive.size), 1e-6, 1 - 1e-6)
+    design = np.stack([np.ones(p.size), np.log(p) - np.log1p(-p)])
+    beta = np.array([0.0, 1.0])
+    for _ in range(100):  # Newton's method, its steps bounded: it goes off where a label is nearly separated
+        fitted = 1 / (1 + np.exp(-(beta @ design)))
+        gradient = design @ (positive - fitted)
+        hessian = (design * (fitted * (1 - fitted))) @ design.T
+        step = np.linalg.lstsq(hessian, gradient, rcond=None)[0]
+        beta = beta + np.clip(step, -1.0, 1.0)
+        if np.abs(step).max() < 1e-8:
+            break
+    return float(beta[1])
+
+
 def roc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Roc:
     """The points of the ROC curve; its area by the trapezoid rule is `auc`.
 
     Raises:
         MetricError: what `auc` refuses.
     """
-    positive = _labels(labels)
-    values = _scores(scores, positive.size)
+    positive, values = checked(labels, scores)
     order = np.argsort(-values)
     ends = _runs(np.diff(values[order]) != 0)
     hits = np.concatenate(([0], np.cumsum(positive[order])))[ends]
     m = int(positive.sum())
     return Roc((ends - hits) / (positive.size - m), hits / m)
-
-
-def _placements(positive: Bools, scores: Array) -> tuple[Array, Array]:
-    """For each positive the share of negatives below it, for each negative the share of positives above it."""
-    ranks = midranks(scores)
-    m = int(positive.sum())
-    above = (ranks[positive] - midranks(scores[positive])) / (positive.size - m)
-    below = 1 - (ranks[~positive] - midranks(scores[~positive])) / m
-    return above, below
-
-
-def _delong_variance(above: Array, below: Array) -> float:
-    if above.size < 2 or below.size < 2:
-        raise MetricError("DeLong's variance needs at least two positives and two negatives")
-    return float(above.var(ddof=1) / above.size + below.var(ddof=1) / below.size)
-
-
-def delong_interval(labels: npt.ArrayLike, scores: npt.ArrayLike, *, confidence: float = 0.95) -> Interval:
-    """AUC with DeLong's normal interval, cut to 0 to 1; rows are taken as independent.
-
-    DeLong, DeLong and Clarke-Pearson (1988), by the midranks of Sun and Xu (2014), O(n log n); ties count half.
-
-    Raises:
-        MetricError: what `auc` refuses, or fewer than two of a class.
-    """
-    positive = _labels(labels)
-    above, below = _placements(positive, _scores(scores, positive.size))
-    value = float(above.mean())
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * _delong_variance(above, below) ** 0.5
-    return Interval(value, max(0.0, value - half), min(1.0, value + half))
-
-
-def delong(
-    labels: npt.ArrayLike, scores_a: npt.ArrayLike, scores_b: npt.ArrayLike, *, confidence: float = 0.95
-) -> PairedAuc:
-    """The difference of two AUCs on the same rows, with DeLong's paired interval and test (see `delong_interval`).
-
-    With no variance at all (scores that rank alike) the interval is the difference itself, and p is 1 for no
-    difference.
-    """
-    positive = _labels(labels)
-    above_a, below_a = _placements(positive, _scores(scores_a, positive.size))
-    above_b, below_b = _placements(positive, _scores(scores_b, positive.size))
-    a, b = float(above_a.mean()), float(above_b.mean())
-    # the variance of the difference of placements is the quadratic form (1, -1) S (1, -1)'
-    deviation = _delong_variance(above_a - above_b, below_a - below_b) ** 0.5
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * deviation
-    difference = a - b
-    p_value = float(difference == 0)
-    if deviation > 0:
-        p_value = 2 * NormalDist().cdf(-abs(difference) / deviation)
-    return PairedAuc(a, b, Interval(difference, difference - half, difference + half), p_value)
-
-
-class WeightedAuc:
-    """The exact AUC of one score under any row weights: sorted once, then O(n) a call.
-
-    AUC_w = Σ_{i+, j-} w_i w_j ([s_i > s_j] + [s_i = s_j] / 2) / (Σ_{i+} w_i Σ_{j-} w_j)
-    """
-
-    def __init__(self, labels: npt.ArrayLike, scores: npt.ArrayLike) -> None:
-        positive = _labels(labels)
-        values = _scores(scores, positive.size)
-        order = np.argsort(values)
-        ordered = values[order]
-        bounds = _runs(ordered[1:] != ordered[:-1])
-        place = np.repeat(np.arange(bounds.size - 1), np.diff(bounds))
-        hit = positive[order]
-        self._positive, self._negative = order[hit], order[~hit]
-        # for a positive: how many negatives lie before its run of ties, and before the run's end
-        negatives = np.concatenate(([0], np.cumsum(~hit)))[bounds]
-        self._before, self._through = negatives[place[hit]], negatives[place[hit] + 1]
-
-    def __call__(self, weights: Array) -> float:
-        """The AUC under `weights` [n] ≥ 0; NaN if they leave one class empty."""
-        of_positives = weights[self._positive]
-        below = np.concatenate(([0.0], np.cumsum(weights[self._negative], dtype=np.float64)))
-        pairs = float(of_positives.sum()) * float(below[-1])
-        if pairs == 0:
-            return float("nan")
-        return float(of_positives @ (below[self._before] + below[self._through])) / (2 * pairs)
-
-
-def user_weights(users: npt.ArrayLike, *, replicates: int, seed: int) -> Iterator[Array]:
-    """Row weights [n] of bootstrap replicates that draw whole users with replacement (a multinomial over users).
-
-    The rows of a user are not independent: drawing rows would make intervals too narrow.
-    """
-    distinct, codes = np.unique(np.asarray(users), return_inverse=True)
-    generator = np.random.default_rng(seed)
-    for _ in range(replicates):
-        drawn = np.bincount(generator.integers(0, distinct.size, distinct.size), minlength=distinct.size)
-        yield drawn.astype(np.float64)[codes.reshape(-1)]
-
-
-def bootstrap_auc(
-    cases: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], users: npt.ArrayLike, *, replicates: int, seed: int
-) -> Array:
-    """AUCs [replicates, cases] of several (labels, scores) under the same draws of users, so differences are paired.
-
-    Raises:
-        MetricError: what `auc` refuses, or a draw that left one class empty (too few users with a positive).
-    """
-    curves = [WeightedAuc(labels, scores) for labels, scores in cases]
-    values = np.array(
-        [[curve(weights) for curve in curves] for weights in user_weights(users, replicates=replicates, seed=seed)]
-    )
-    if np.isnan(values).any():
-        raise MetricError("a bootstrap draw of users left one class empty: too few users with a positive or a negative")
-    return values
-
-
-def percentile_interval(value: float, replicates: Array, *, confidence: float = 0.95) -> Interval:
-    """`value` with the percentile interval of its bootstrap `replicates` [replicates]."""
-    low, high = np.quantile(replicates, (0.5 - confidence / 2, 0.5 + confidence / 2))
-    return Interval(value, float(low), float(high))

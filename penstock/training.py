@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +44,7 @@ _AGE = "_example_age_days"
 def train_recall(
     examples: Path, name: str, overrides: Mapping[str, Any], seed: int, out: Path, checkpoint: Path | None = None
 ) -> None:
-    """Trains `recall/<name>.py` on the long views of the training slice and writes weights, config and history.
+    """Trains `recall/<name>.py` on the long views of the training slice and writes its directory.
 
     Args:
         checkpoint: a directory for the state after each epoch, from which a call with the same arguments goes on.
@@ -70,13 +71,13 @@ def train_recall(
         seed,
         _checkpoint(checkpoint, examples, name, config, seed),
     )
-    _write(out, model, name, config, seed, history)
+    _write(out, model, name, config, seed, examples, history)
 
 
 def train_rank(
     examples: Path, name: str, overrides: Mapping[str, Any], seed: int, out: Path, checkpoint: Path | None = None
 ) -> None:
-    """Trains `rank/<name>.py` on every impression of the training slice and writes weights, config and history.
+    """Trains `rank/<name>.py` on every impression of the training slice and writes its directory.
 
     Args:
         checkpoint: as for `train_recall`.
@@ -126,7 +127,7 @@ def train_rank(
         seed,
         _checkpoint(checkpoint, examples, name, config, seed),
     )
-    _write(out, model, name, config, seed, history)
+    _write(out, model, name, config, seed, examples, history)
     predicted = _graph(model.uncalibrated)(validation)
     calibrators = {
         task: _calibrator(task, targets["validation"][task], predicted[task], config) for task in config.tasks
@@ -336,9 +337,18 @@ def _checkpoint(folder: Path | None, examples: Path, name: str, config: Any, see
     return Checkpoint(folder, {"examples": window, "model": name, "config": dataclasses.asdict(config), "seed": seed})
 
 
-def _write(out: Path, model: keras.Model, name: str, config: Any, seed: int, history: list[dict[str, float]]) -> None:
+def _write(
+    out: Path,
+    model: keras.Model,
+    name: str,
+    config: Any,
+    seed: int,
+    examples: Path,
+    history: list[dict[str, float]],
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.save_weights(out / "model.weights.h5")
     about = {"model": name, "config": dataclasses.asdict(config), "seed": seed}
     (out / "config.json").write_text(json.dumps(about, indent=1))
     (out / "history.json").write_text(json.dumps(history, indent=1))
+    shutil.copyfile(examples / "window.json", out / "window.json")

@@ -26,10 +26,26 @@ def artifact(kind: type[dsl.Artifact], path: Path) -> dsl.Artifact:
 
 def test_search_weights_writes_the_weights_and_says_them(candidate: Artifacts, tmp_path: Path) -> None:
     weights = artifact(dsl.Artifact, tmp_path / "out" / "weights")
-    search_weights.python_func(rank=artifact(dsl.Model, candidate.rank), weights=weights)
+    search_weights.python_func(rank=artifact(dsl.Model, candidate.rank), search="{}", champion="", weights=weights)
     found = json.loads((tmp_path / "out" / "weights" / "weights.json").read_text())
     assert found == json.loads((candidate.weights / "weights.json").read_text())
-    assert weights.metadata == {**found["weights"], "mean_auc": found["validation"]}
+    assert weights.metadata == {**found["weights"], "objective": found["validation"]}
+
+
+def test_search_weights_is_told_what_to_search_and_whose_weights_are_live(candidate: Artifacts, tmp_path: Path) -> None:
+    live = {"fusion": "weighted_product", "weights": {"click": 1.0, "long_view": 0.5, "like": 0.0}}
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "weights.json").write_text(json.dumps(live))
+    weights = artifact(dsl.Artifact, tmp_path / "out" / "weights")
+    search = {"fusion": "weighted_logits", "grid": "simplex", "steps": 4, "constraints": {"auc_like": 0.002}}
+    rank = artifact(dsl.Model, candidate.rank)
+    search_weights.python_func(rank=rank, search=json.dumps(search), champion=str(tmp_path / "7"), weights=weights)
+    found = json.loads((tmp_path / "out" / "weights" / "weights.json").read_text())
+    assert {name: found["search"][name] for name in search} == search
+    assert {name: found["reference"][name] for name in live} == live
+    assert found["measures"]["auc_like"] >= found["reference"]["measures"]["auc_like"] - 0.002
+    with pytest.raises(ValueError, match=r"unknown parameter step of penstock\.fusion: there are fusion, grid, steps"):
+        search_weights.python_func(rank=rank, search='{"step": 3}', champion="", weights=weights)
 
 
 def test_gate_and_report_follow_each_other(candidate: Artifacts, tmp_path: Path) -> None:
@@ -41,7 +57,10 @@ def test_gate_and_report_follow_each_other(candidate: Artifacts, tmp_path: Path)
         "weights": artifact(dsl.Artifact, candidate.weights),
     }
     verdict = artifact(dsl.Artifact, tmp_path / "out" / "verdict")
-    approved, sentence = gate.python_func(**inputs, champion=str(champion), verdict=verdict)
+    rehearsal = artifact(dsl.Artifact, candidate.rehearsal)
+    approved, sentence = gate.python_func(
+        **inputs, rehearsal=rehearsal, champion=str(champion), policy='{"replicates": 100}', verdict=verdict
+    )
     assert approved is True
     assert sentence.startswith("Approved: ")
     assert verdict.metadata == {"approved": True, "sentence": sentence}
@@ -68,7 +87,9 @@ def test_a_rejection_is_an_answer_and_not_a_failure(candidate: Artifacts, tmp_pa
         recall=artifact(dsl.Model, candidate.recall),
         rank=artifact(dsl.Model, candidate.rank),
         weights=artifact(dsl.Artifact, candidate.weights),
+        rehearsal=artifact(dsl.Artifact, candidate.rehearsal),
         champion="",
+        policy="{}",
         verdict=artifact(dsl.Artifact, tmp_path / "verdict"),
     )
     assert approved is False

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -98,9 +97,27 @@ def test_train_goes_through_gate_and_report_before_it_publishes(parsed: dict[str
     assert tasks["recall"]["upstream"] == ["plan", "recall_models"]
     assert tasks["rank"]["upstream"] == ["plan", "rank_models"]
     assert tasks["choose"]["upstream"] == ["plan", "rank", "recall"]
-    chain = ["choose", "weights", "gate", "report", "publish"]
-    for before, after in itertools.pairwise(chain):
-        assert tasks[after]["upstream"] == [before]
+    assert tasks["weights"]["upstream"] == tasks["rehearse"]["upstream"] == ["choose"]
+    assert tasks["gate"]["upstream"] == ["rehearse", "weights"]
+    assert tasks["report"]["upstream"] == ["gate"]
+    assert tasks["publish"]["upstream"] == ["report"]
+
+
+@pytest.mark.usefixtures("airflow_home")
+def test_a_policy_by_which_nothing_can_be_judged_fails_before_any_work() -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags.train import check_policy
+
+    check_policy({})
+    check_policy({"primary": "gauc_click", "margin": 0.001, "guardrails": {"ndcg@10_like": 0.01}})
+    for policy, says in (
+        ({"margins": 1}, "gate_policy: unknown parameter margins"),
+        ({"margin": None}, "parameter margin of penstock.policy is a float, not None"),
+        ({"margin": -1, "slices": ["all"]}, "margin is -1.0, below 0; slices has 'all'"),
+    ):
+        with pytest.raises(AirflowFailException, match=says):
+            check_policy(policy)
 
 
 def test_silence_is_a_rejection(parsed: dict[str, Any]) -> None:
@@ -173,6 +190,20 @@ def test_an_unknown_model_or_setting_fails_before_any_work() -> None:
     with pytest.raises(AirflowFailException, match=r"unknown recall 'transformer': there are .*youtube_dnn"):
         check_models("recall", ["youtube_dnn", "transformer"], {})
     check_models("recall", ["youtube_dnn"], {})
+
+
+@pytest.mark.usefixtures("airflow_home")
+def test_a_search_of_the_weights_that_cannot_be_fails_before_any_work() -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from dags.train import check_search
+
+    check_search({})
+    check_search({"fusion": "weighted_logits", "objective": {"auc_like": 2, "mean_gauc": 1}, "method": "bayesian"})
+    with pytest.raises(AirflowFailException, match=r"weights_search: unknown parameter goal of .*: there are fusion"):
+        check_search({"goal": "auc_like"})
+    with pytest.raises(AirflowFailException, match="'auc_share' is not known"):
+        check_search({"objective": "auc_share"})
 
 
 @pytest.mark.usefixtures("airflow_home")

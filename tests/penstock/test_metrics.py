@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import ndcg_score, roc_auc_score, roc_curve
 
@@ -89,7 +90,7 @@ def test_roc_points_equal_scikit_learn() -> None:
     ],
 )
 def test_auc_refuses_what_has_no_auc(labels: list[int], scores: list[float], says: str) -> None:
-    for function in (metrics.auc, metrics.roc, metrics.delong_interval, metrics.WeightedAuc):
+    for function in (metrics.auc, metrics.roc, metrics.checked):
         with pytest.raises(MetricError, match=says):
             function(labels, scores)
 
@@ -200,119 +201,61 @@ def test_calibration_in_one_bin_is_the_difference_of_means_and_ties_stay_togethe
     )
 
 
-# Intervals
-
-
-def delong_by_pairs(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUCs and their covariance from all m (n - m) comparisons, as in DeLong et al. (1988)."""
-    parts = []
-    for scores in (first, second):
-        difference = scores[labels == 1][:, None] - scores[labels == 0][None, :]
-        parts.append((difference > 0) + 0.5 * (difference == 0))
-    above = np.stack([part.mean(axis=1) for part in parts])
-    below = np.stack([part.mean(axis=0) for part in parts])
-    return above.mean(axis=1), np.cov(above) / above.shape[1] + np.cov(below) / below.shape[1]
-
-
-@pytest.mark.parametrize(("rows", "share", "levels"), [case for case in GRID if case[0] > 7])
-def test_delong_equals_all_pairs(rows: int, share: float, levels: int) -> None:
-    labels, first = sample(rows, share, levels)
-    labels[2:4] = (0, 1)  # two of each class at the least
-    second = np.where(np.arange(rows) % 3, first, sample(rows, share, levels, seed=1)[1])
-    values, covariance = delong_by_pairs(labels, first, second)
-    interval = metrics.delong_interval(labels, first)
-    half = 1.959963984540054 * math.sqrt(covariance[0, 0])
-    assert interval.value == pytest.approx(values[0], abs=1e-12)
-    assert interval.low == pytest.approx(max(0, values[0] - half), abs=1e-9)
-    assert interval.high == pytest.approx(min(1, values[0] + half), abs=1e-9)
-    paired = metrics.delong(labels, first, second)
-    half = 1.959963984540054 * math.sqrt(max(0, covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]))
-    assert (paired.a, paired.b) == pytest.approx(tuple(values), abs=1e-12)
-    assert paired.difference.high - paired.difference.value == pytest.approx(half, abs=1e-7)
-
-
-def test_delong_of_a_score_with_itself_is_no_difference() -> None:
-    labels, scores = sample(100, 0.3, 10)
-    paired = metrics.delong(labels, scores, np.exp(scores))
-    assert paired.difference == metrics.Interval(0, 0, 0)
-    assert paired.p_value == 1
-
-
-def test_delong_needs_two_of_each_class() -> None:
-    with pytest.raises(MetricError, match="two positives"):
-        metrics.delong_interval([0, 0, 1], [1, 2, 3])
-
-
-def test_delong_interval_covers_the_truth_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(7)
-    truth = 0.5 * (1 + math.erf(1 / 2))  # of N(1, 1) against N(0, 1)
-    labels = np.arange(300) % 3 == 0
-    inside = 0
-    for _ in range(400):
-        interval = metrics.delong_interval(labels, generator.normal(labels.astype(float)))
-        inside += interval.low <= truth <= interval.high
-    assert 0.92 <= inside / 400 <= 0.975
-
-
-@pytest.mark.parametrize("levels", [2, 6, 10**9])
-def test_weighted_auc_equals_scikit_learn(levels: int) -> None:
-    labels, scores = sample(300, 0.3, levels)
-    weighted = metrics.WeightedAuc(labels, scores)
-    assert weighted(np.ones(300)) == pytest.approx(metrics.auc(labels, scores), abs=1e-12)
-    generator = np.random.default_rng(3)
-    for weights in (generator.integers(0, 4, 300).astype(float), generator.random(300)):
-        assert weighted(weights) == pytest.approx(roc_auc_score(labels, scores, sample_weight=weights), abs=1e-12)
-
-
-def test_integer_weights_are_repeated_rows() -> None:
-    labels, scores = sample(60, 0.4, 5)
-    weights = np.random.default_rng(4).integers(0, 4, 60)
-    repeated = metrics.auc(np.repeat(labels, weights), np.repeat(scores, weights))
-    assert metrics.WeightedAuc(labels, scores)(weights.astype(float)) == pytest.approx(repeated, abs=1e-12)
-
-
-def test_user_weights_draw_whole_users_as_many_as_there_are() -> None:
-    users = np.array([5, 5, 9, 7, 9, 5])
-    draws = list(metrics.user_weights(users, replicates=50, seed=1))
-    for weights in draws:
-        assert weights[0] == weights[1] == weights[5]
-        assert weights[2] == weights[4]
-        assert weights[0] + weights[2] + weights[3] == 3
-    again = list(metrics.user_weights(users, replicates=50, seed=1))
-    np.testing.assert_array_equal(draws, again)
-    assert not np.array_equal(draws, list(metrics.user_weights(users, replicates=50, seed=2)))
-
-
-def test_bootstrap_is_paired_and_with_one_row_a_user_agrees_with_delong() -> None:
-    labels, first = sample(1500, 0.4, 10**9)
-    second = first + np.random.default_rng(1).normal(0, 0.1, 1500)
-    values = metrics.bootstrap_auc(
-        [(labels, first), (labels, second), (labels, first)], np.arange(1500), replicates=600, seed=3
-    )
-    np.testing.assert_array_equal(values[:, 0], values[:, 2])
-    interval = metrics.percentile_interval(0.0, values[:, 0] - values[:, 1])
-    expected = metrics.delong(labels, first, second).difference
-    assert interval.low == pytest.approx(expected.low, abs=0.004)
-    assert interval.high == pytest.approx(expected.high, abs=0.004)
-
-
-def test_bootstrap_by_user_is_wider_when_the_rows_of_a_user_move_together() -> None:
-    generator = np.random.default_rng(6)
-    users = np.repeat(np.arange(60), 20)
-    labels = (generator.random(1200) < 0.4).astype(int)
-    quality = np.repeat(generator.normal(0, 1.5, 60), 20)  # the model is good for some users, bad for others
-    scores = quality * (labels - 0.4) + generator.normal(size=1200)
-    by_user = metrics.bootstrap_auc([(labels, scores)], users, replicates=300, seed=0).std()
-    by_row = metrics.bootstrap_auc([(labels, scores)], np.arange(1200), replicates=300, seed=0).std()
-    assert by_user > 1.5 * by_row
-
-
-def test_bootstrap_of_one_positive_user_is_refused() -> None:
-    with pytest.raises(MetricError, match="too few users"):
-        metrics.bootstrap_auc([([0, 0, 1], [1, 2, 3])], [1, 2, 3], replicates=100, seed=0)
-
-
 def test_coverage_is_the_share_of_items_that_stand_in_a_list():
     ranked = np.array([[1, 2, -1], [2, 5, 7]])
     assert metrics.coverage(ranked, [1, 5, 9, 9]) == pytest.approx(2 / 3)
     assert np.isnan(metrics.coverage(ranked, []))
+
+
+@pytest.mark.parametrize("levels", [1, 3, 10**9])
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_session_ndcg_equals_scikit_learn_ties_included(levels: int, k: int) -> None:
+    labels, scores = sample(400, 0.3, levels)
+    sessions = np.random.default_rng(2).integers(0, 60, 400)
+    expected = [
+        ndcg_score([labels[sessions == one]], [scores[sessions == one]], k=k)
+        for one in range(60)
+        if labels[sessions == one].any() and (sessions == one).sum() > 1
+    ]
+    alone = [one for one in range(60) if (sessions == one).sum() == 1 and labels[sessions == one].any()]
+    value = metrics.session_ndcg(labels, scores, sessions, k)
+    assert value == pytest.approx((sum(expected) + len(alone)) / (len(expected) + len(alone)), abs=1e-12)
+
+
+def test_session_ndcg_closed_forms() -> None:
+    # one session, the positive second of three: 1 / log2(3); beyond k it counts nothing
+    assert metrics.session_ndcg([0, 1, 0], [3, 2, 1], [7, 7, 7], 3) == pytest.approx(1 / math.log2(3))
+    assert metrics.session_ndcg([0, 1, 0], [3, 2, 1], [7, 7, 7], 1) == 0
+    # all tie: the mean discount of three places
+    mean = (1 + 1 / math.log2(3) + 1 / 2) / 3
+    assert metrics.session_ndcg([0, 1, 0], [5, 5, 5], [7, 7, 7], 3) == pytest.approx(mean)
+    with pytest.raises(MetricError, match="no session has a positive"):
+        metrics.session_ndcg([0, 0], [1, 2], [1, 1], 3)
+
+
+def test_calibration_ratio_and_slope_closed_forms() -> None:
+    assert metrics.calibration_ratio([0, 1, 0, 1], [0.2, 0.8, 0.2, 0.8]) == pytest.approx(1.0)
+    assert metrics.calibration_ratio([0, 1, 0, 0], [0.5] * 4) == 2.0
+    # two groups of probability .2 and .8 in which .4 and .6 are positive: logit .6 / logit .8
+    labels = [1, 1, 0, 0, 0] * 40 + [1, 1, 1, 0, 0] * 40
+    probabilities = [0.2] * 200 + [0.8] * 200
+    expected = math.log(0.6 / 0.4) / math.log(0.8 / 0.2)
+    assert metrics.calibration_slope(labels, probabilities) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_the_slope_is_what_the_logits_were_divided_by_and_equals_scikit_learn(scale: float) -> None:
+    generator = np.random.default_rng(1)
+    logits = generator.normal(-1.0, 1.5, 60_000)
+    labels = (generator.random(60_000) < 1 / (1 + np.exp(-logits))).astype(int)
+    probabilities = 1 / (1 + np.exp(-logits / scale))
+    found = metrics.calibration_slope(labels, probabilities)
+    assert found == pytest.approx(scale, rel=0.03)
+    peer = LogisticRegression(C=np.inf, tol=1e-10).fit((logits / scale)[:, None], labels)
+    assert found == pytest.approx(peer.coef_[0, 0], rel=1e-4)
+
+
+def test_the_slope_of_labels_that_are_separated_is_large_and_finite() -> None:
+    assert metrics.calibration_slope([0, 0, 1, 1], [0.1, 0.2, 0.7, 0.9]) > 5
+    assert np.isfinite(metrics.calibration_slope([0, 0, 1, 1], [0.0, 0.0, 1.0, 1.0]))
+    assert metrics.calibration_slope([0, 1, 1], [0.5, 0.5, 0.5]) == pytest.approx(1.0)

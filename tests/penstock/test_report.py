@@ -12,7 +12,6 @@ import polars as pl
 import pytest
 
 from penstock import gate, report
-from penstock.gate import Policy
 from tests.penstock.candidates import Artifacts, write_candidate, write_release
 
 
@@ -71,10 +70,10 @@ def champion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reported(candidate: Artifacts, champion: Path | None = None) -> tuple[Page, report.Record, dict]:
-    paths = (candidate.examples, candidate.recall, candidate.rank, candidate.weights)
-    gate.judge_candidate(*paths, str(champion or ""), candidate.verdict, Policy(replicates=100))
+    paths = (candidate.examples, candidate.recall, candidate.rank, candidate.weights, candidate.rehearsal)
+    gate.judge_candidate(*paths, str(champion or ""), candidate.verdict, {"replicates": 100})
     out = candidate.root / "report.html"
-    record = report.write_report(*paths, candidate.verdict, out)
+    record = report.write_report(*paths[:4], candidate.verdict, out)
     page = Page(out.read_text())
     assert page.open == []
     assert page.addresses == []  # nothing is fetched from elsewhere
