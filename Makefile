@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-sparse-experts | position-trials | gate-trials
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-sparse-experts | bench-weights | position-trials | expert-trials gate-trials
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -28,7 +28,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-sparse-experts position-trials gate-trials features-doc lock clean
+.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-sparse-experts bench-weights position-trials expert-trials gate-trials features-doc lock clean
 
 setup: $(READY)
 
@@ -107,9 +107,13 @@ bench-sparse-experts: $(READY)
 position-trials: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.position $(if $(QUICK),--quick)
 
+# The search of the output weights beside loops over scikit-learn, in some fifteen minutes; QUICK=1 is a smaller form.
+bench-weights: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.weights $(if $(QUICK),--quick)
+
 # Gates of twenty seeds, with gate dropout and without, in about half an hour; QUICK=1 is a smaller form.
-gate-trials: $(READY)
-	@$(BIN)/python -W ignore -m benchmarks.gates $(if $(QUICK),--quick)
+expert-trials: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.experts $(if $(QUICK),--quick)
 
 # Every rank model beside gradient-boosted trees, 5 seeds each, in about three hours; QUICK=1 is a smaller form.
 bench-rank: $(READY) $(TREES)

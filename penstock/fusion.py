@@ -198,10 +198,11 @@ def search(
 ) -> Search:
     """The best point of a grid by an exact measure of the fused score, each direction evaluated once.
 
-    Points of one direction, those that differ by scale, rank alike but for the rounding of their sums: a direction is
-    evaluated at its smallest point of integers. Points of one objective are told apart so that the answer never depends
-    on chance: the direction with the smallest sum of (integer) parts without their signs, then the one that leans on
-    the earlier heads, at its largest scale on the grid.
+    Points of one direction, those that differ by scale, rank alike but for the rounding of their sums. A direction is
+    evaluated at its smallest point of integers, where rows that tie do so: in tenths their sums would round apart.
+    Points of one objective are told apart so that the answer never depends on chance: the direction with the smallest
+    sum of (integer) parts without their signs, then the one that leans on the earlier heads, at its largest scale on
+    the grid.
 
     Memory as in `penstock.measures`, with as many threads as there are cores.
 
