@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind readers and in print
 CANDIDATE, CHAMPION, POPULARITY, BAD, INK, FAINT = "#0072B2", "#E69F00", "#767676", "#B5420A", "#1d2530", "#d5d9de"
+LIGHT = "#9cc9e6"  # the candidate's, where there are many of it
 
 RC = {
     "svg.fonttype": "none",

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from penstock import metrics, page
+from penstock import fusion, metrics, page
 from penstock.events import LABELS
-from penstock.metrics import Array, MetricError
+from penstock.metrics import Array, Integers, MetricError
 
 
 @dataclass(frozen=True)
@@ -342,34 +343,129 @@ def _calibration(material: _Material, label: str) -> Figure:
 
 def _weights(material: _Material) -> str:
     found = material.weights
-    test = material.verdict["fused"].get("candidate", {}).get("value")
+    reference, objective = found["reference"], _objective(found)
+    try:
+        test = fusion.measure(material.test, found["weights"], found["fusion"], found["objective"])
+    except (MetricError, ValueError):
+        test = None  # the checks say what is wrong with the test predictions
     optimism = "" if test is None else f"{found['validation'] - test:+.4f}"
     columns = ["Chosen weights", "Validation", "Test", "Optimism"]
-    chosen = ", ".join(f"{name} {weight:.1f}" for name, weight in found["weights"].items())
-    row = [chosen, page.number(found["validation"]), page.number(test), optimism]
-    note = (
-        f"Chosen on the validation slice alone, by {_words(found['objective'])}, of {material.grid.height:,} points; "
-        "the test column is the same figure on rows the search has not seen. In the picture each point is one mix: "
-        "the nearer a corner, the more weight that head has."
+    row = [_mix(found["weights"]), page.number(found["validation"]), page.number(test), optimism]
+    fall = found["search"]["constraints"]
+    measures = [
+        [
+            _words(name),
+            page.number(value),
+            page.number(reference["measures"][name]),
+            f"{value - reference['measures'][name]:+.4f}",
+            page.value(fall.get(name)),
+        ]
+        for name, value in found["measures"].items()
+    ]
+    against = f"{reference['name'][0].upper()}{reference['name'][1:]}"
+    search = (
+        f"A {found['fusion'].replace('_', ' ')}, chosen on the validation slice alone, by {objective}: the best of "
+        f"{found['evaluations']:,} of the {found['directions']:,} mixes of the grid that rank differently. "
+        "The test column is the same figure on rows that the search has not seen; optimism is what it loses there."
     )
+    compared = (
+        f"On the validation slice. {against} is {_mix(reference['weights'])} "
+        f"({reference['fusion'].replace('_', ' ')}), applied to the candidate's heads."
+    )
+    panels = "".join(
+        page.figure(_front(material, *pair), f"Pareto front of {_words(pair[0])} and {_words(pair[1])}")
+        for pair in combinations(list(found["measures"])[: len(LABELS)], 2)
+    )
+    drawn = (
+        "Each point is one mix. On the front are those that no other mix beats on one label without losing on another: "
+        "of all labels, or, along the line, of the two that a picture shows."
+    )
+    pictures = f'<div class="panels">{panels}</div>' + page.note(drawn)
+    if len(found["weights"]) == 3 and (material.grid.select(*found["weights"]).to_numpy() >= 0).all():
+        corners = page.note("The nearer a corner, the more weight that head has.")
+        pictures += page.figure(_simplex(material), "Objective over the weight grid") + corners
     return (
-        page.figure(_simplex(material), "Objective over the weight grid") + page.table(columns, [row]) + page.note(note)
+        page.table(columns, [row])
+        + page.note(search)
+        + page.table(["Measure", "Chosen", against, "Difference", "May fall by"], measures)
+        + page.note(compared)
+        + pictures
     )
+
+
+def _mix(weights: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items())
+
+
+def _objective(found: Mapping[str, Any]) -> str:
+    """The objective of a search in words."""
+    objective = found["objective"]
+    if isinstance(objective, str):
+        return _words(objective)
+    return "the mean of " + ", ".join(f"{_words(name)} × {weight:g}" for name, weight in objective.items())
+
+
+def _front(material: _Material, across: str, up: str) -> Figure:
+    """Two labels' measures of every mix, the fronts of all labels and of these two, the chosen mix, the reference."""
+    found = material.weights
+    figure = Figure(figsize=(3.3, 4.1), layout="constrained")
+    axes = figure.subplots()
+    names = [across, up]
+    values = material.grid.select(*names).to_numpy()
+    front = material.grid["front"].to_numpy()
+    best = values[fusion.undominated(values)]
+    for on, colour, label in ((~front, page.FAINT, "mix"), (front, page.LIGHT, "on the front of all")):
+        points = values[on][_apart(values[on])]
+        axes.scatter(points[:, 0], points[:, 1], s=7, color=colour, linewidths=0, label=label)
+    best = best[np.argsort(best[:, 0])]
+    axes.plot(best[:, 0], best[:, 1], color=page.CANDIDATE, linewidth=2, label="on that of these two")
+    reference = found["reference"]
+    marks: list[tuple[Mapping[str, float], str, str, str, int, float]] = [
+        (reference["measures"], "D", page.CHAMPION, page.INK, 7, 0.6),
+        (found["measures"], "o", "none", page.BAD, 12, 2.0),
+    ]
+    for (measures, shape, face, edge, size, width), label in zip(marks, (reference["name"], "chosen"), strict=True):
+        axes.plot(
+            measures[across],
+            measures[up],
+            shape,
+            markersize=size,
+            markerfacecolor=face,
+            markeredgecolor=edge,
+            markeredgewidth=width,
+            label=label,
+        )
+    axes.set(xlabel=_words(across), ylabel=_words(up))
+    axes.locator_params(nbins=4)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _apart(points: Array, cells: int = 120) -> Integers:
+    """Which points [n, 2] to draw, so that there is one a place: the last of each cell of a fine raster."""
+    low, high = points.min(axis=0, initial=np.inf), points.max(axis=0, initial=-np.inf)
+    places = np.floor((points - low) / np.maximum(high - low, 1e-12) * cells)
+    _, last = np.unique(places[::-1], axis=0, return_index=True)
+    return np.sort(len(points) - 1 - last)
 
 
 def _simplex(material: _Material) -> Figure:
     """The objective over the mixes of three heads, as points of a triangle; the best is ringed."""
     names = list(material.weights["weights"])
+    objective = material.weights["objective"]
     grid = material.grid.sort("objective")
     points = grid.select(names).to_numpy()
     shares = points / points.sum(axis=1, keepdims=True)
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]])
     places = shares @ corners
+    kept = _apart(places)
     best = np.array([material.weights["weights"][name] for name in names])
     figure = Figure(figsize=(4.8, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*corners[[0, 1, 2, 0]].T, color=page.FAINT, linewidth=1, zorder=0)
-    drawn = axes.scatter(places[:, 0], places[:, 1], c=grid["objective"], cmap="cividis", s=16, linewidths=0)
+    drawn = axes.scatter(
+        places[kept, 0], places[kept, 1], c=grid["objective"].to_numpy()[kept], cmap="cividis", s=16, linewidths=0
+    )
     axes.plot(
         *(best / best.sum() @ corners),
         "o",
@@ -387,7 +483,7 @@ def _simplex(material: _Material) -> Figure:
     axes.set(xlim=(-0.14, 1.14), ylim=(-0.1, 0.93))
     axes.set_aspect("equal")
     axes.set_axis_off()
-    figure.colorbar(drawn, ax=axes, shrink=0.75, label=_words(material.weights["objective"]))
+    figure.colorbar(drawn, ax=axes, shrink=0.75, label=_words(objective) if isinstance(objective, str) else "objective")
     return figure
 
 
@@ -548,4 +644,4 @@ def _roll_back(verdict: Mapping[str, Any]) -> str:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").replace("auc", "AUC")
+    return name.replace("_", " ").replace("gauc", "GAUC").replace("auc", "AUC").replace("ndcg", "NDCG")

@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import polars as pl
 import pytest
 
-from penstock import gate, report
+from penstock import fusion, gate, metrics, report
+from penstock.events import LABELS
 from tests.penstock.candidates import Artifacts, write_candidate, write_release
 
 
@@ -94,8 +95,8 @@ def test_a_report_says_what_the_verdict_found(candidate: Artifacts, champion: Pa
         assert f"{head['difference_low']:+.4f} to {head['difference_high']:+.4f}" in page.words
     for one in verdict["slices"]:
         assert one["name"] in page.words
-    # intervals, three ROC and three calibration curves, the grid, two training curves
-    assert page.pictures == 1 + 3 + 3 + 1 + 3
+    # intervals, three ROC and three calibration curves, three fronts and the grid, two training curves and the gates
+    assert page.pictures == 1 + 3 + 3 + 3 + 1 + 3
     assert "rollback" in page.words
     assert "release back (7)" in page.words
 
@@ -109,6 +110,37 @@ def test_what_changed_since_the_champion_is_what_differs(candidate: Artifacts, c
     assert "rank.config.experts" not in changed
     assert "window.rows.train 4,000 3,000" in changed
     assert "recall@50 0.3000 0.3100" in changed
+
+
+def test_the_weights_are_told_with_their_optimism_the_reference_and_the_front(
+    candidate: Artifacts, champion: Path
+) -> None:
+    objective = {"auc_click": 1, "gauc_like": 3}
+    config = fusion.Config("weighted_logits", "simplex", 12, objective=objective, constraints={"auc_like": 0.02})
+    found = fusion.search_predictions(candidate.rank, candidate.weights, config, str(champion))
+    page, _, _ = reported(candidate, champion)
+    words = page.words.split("Output weights")[1].split("Recall")[0]
+    test = pl.read_parquet(candidate.test_predictions)
+    scores = fusion.fuse({label: test[f"p_{label}"] for label in LABELS}, found.weights, "weighted_logits")
+    auc = metrics.auc(test["click"], scores)
+    value = (auc + 3 * metrics.gauc(test["like"], scores, test["user_id"])) / 4
+    mix = ", ".join(f"{name} {weight:.4g}" for name, weight in found.weights.items())
+    assert f"{mix} {found.value:.4f} {value:.4f} {found.value - value:+.4f}" in words
+    assert "by the mean of AUC click × 1, GAUC like × 3: the best of 91 of the 91 mixes" in words
+    assert "Measure Chosen Champion 7 Difference May fall by" in words
+    live, like = found.reference_measures["auc_like"], found.measures["auc_like"]
+    assert f"AUC like {like:.4f} {live:.4f} {like - live:+.4f} 0.02" in words
+    assert "Champion 7 is click 1, long_view 1, like 1 (weighted sum), applied" in words
+    pictures = {path.name for path in (candidate.root / "figures").iterdir()}
+    assert {"pareto_front_of_auc_click_and_auc_like.svg", "objective_over_the_weight_grid.svg"} <= pictures
+
+
+def test_weights_below_nought_have_no_triangle_and_any_grid_a_page_of_some_size(candidate: Artifacts) -> None:
+    fusion.search_predictions(candidate.rank, candidate.weights, fusion.Config(grid="signed", steps=8))
+    page, _, _ = reported(candidate)
+    assert page.pictures == 1 + 3 + 3 + 3 + 3
+    assert "All weights equal is click 1, long_view 1, like 1" in page.words
+    assert (candidate.root / "report.html").stat().st_size < 1_500_000
 
 
 def test_a_first_release_has_nothing_to_go_back_to(candidate: Artifacts) -> None:
