@@ -1,4 +1,4 @@
-"""Makes an approved candidate a numbered release."""
+"""Makes an approved candidate, or one that a person forces, a numbered release."""
 
 from kfp import dsl
 
@@ -14,6 +14,7 @@ def build_release(
     approved_by: str,
     run_id: str,
     git_revision: str,
+    force_reason: str,
     release: dsl.Output[dsl.Artifact],
 ) -> int:
     """The number of the release in HOME/releases; `release` holds a copy of its manifest."""
@@ -23,7 +24,14 @@ def build_release(
     from penstock.release import MANIFEST, Candidate, build, directory
 
     candidate = Candidate(Path(recall.path), Path(rank.path), Path(weights.path), Path(verdict.path), Path(report.path))
-    number = build(Path(home), candidate, approved_by=approved_by, run_id=run_id, git_revision=git_revision)
+    number = build(
+        Path(home),
+        candidate,
+        approved_by=approved_by,
+        run_id=run_id,
+        git_revision=git_revision,
+        force_reason=force_reason,
+    )
     Path(release.path).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(directory(Path(home), number) / MANIFEST, Path(release.path) / MANIFEST)
     release.metadata["release"] = number

@@ -196,6 +196,7 @@ def release(
     approved_by: str,
     run_id: str,
     git_revision: str,
+    force_reason: str,
 ) -> Released:
     done = build_release(
         recall=_artifact(recall_uri, dsl.Model),
@@ -207,6 +208,7 @@ def release(
         approved_by=approved_by,
         run_id=run_id,
         git_revision=git_revision,
+        force_reason=force_reason,
     )
     return Released(release=done.outputs["release"], number=done.outputs["Output"])
 

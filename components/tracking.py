@@ -125,7 +125,8 @@ def _keep(
 def register_release(tracking_uri: str, release_dir: Path, manifest: Mapping[str, Any]) -> str:
     """Registers a release as a version of the model "penstock" and returns the version.
 
-    The version's tags say which release it is and where it lies; its files are the run's artifact `release/`, with the
+    The version's tags say which release it is and where it lies, and who forced it and why if the gate had rejected
+    it; its files are the run's artifact `release/`, with the
     manifest. A release that is registered already is left as it is.
 
     Raises:
@@ -151,6 +152,8 @@ def register_release(tracking_uri: str, release_dir: Path, manifest: Mapping[str
             "parent": str(manifest["parent"]),
             "git_revision": str(manifest["git_revision"]),
         }
+        if forced := manifest.get("forced"):
+            tags |= {"forced_by": str(forced["by"]), "force_reason": str(forced["reason"])}
         made = client.create_model_version(MODEL, source, run_id, tags=tags, description=str(manifest["verdict"]))
         return str(made.version)
 

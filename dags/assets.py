@@ -9,6 +9,8 @@ from airflow.sdk.exceptions import AirflowFailException
 
 EXAMPLES = Asset(name="examples", uri="penstock://examples")
 CANDIDATE = Asset(name="candidate", uri="penstock://candidate")
+TURNED_DOWN = Asset(name="turned_down", uri="penstock://turned_down")
+"""A candidate that the gate has rejected: nothing starts by it, a person may force its release."""
 
 
 def newest(asset: Asset, context: Any, otherwise: str) -> dict[str, Any]:

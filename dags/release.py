@@ -12,7 +12,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import Param, PokeReturnValue, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from dags.assets import CANDIDATE, newest
+from dags.assets import CANDIDATE, TURNED_DOWN, newest
 from dags.stages import follow_routing, git_revision, home, run, tracking_uri, uri
 
 CANARY = {"share": 0.2, "min_impressions": 200, "wait_minutes": 60}
@@ -21,10 +21,28 @@ ASKED_AGAIN: dict[str, Any] = {"retries": 1, "retry_delay": timedelta(seconds=5)
 APPROVERS = [{"id": "admin", "name": "admin"}]
 
 
+def primary_line(verdict: dict[str, Any]) -> str:
+    """The figure that the policy decides by, candidate and opponent, in Markdown; nothing if there is none."""
+    found = verdict["primary"]
+    if not found:
+        return ""
+    against = found["opponent"] if verdict["champion"] is None else f"release {verdict['champion']}"
+    change = found["difference"]
+    chance = "" if found["p_value"] is None else f", p = {found['p_value']:.2g}"
+    return (
+        f"**{found['measure'].replace('_', ' ')}** of the fused score: **{found['candidate']:.4f}**, {against} "
+        f"{found['opponent_value']:.4f}: {change['value']:+.4f} ({verdict['policy']['confidence']:.0%} interval "
+        f"{change['low']:+.4f} to {change['high']:+.4f}{chance})"
+    )
+
+
 def verdict_table(verdict: dict[str, Any]) -> str:
-    """The heads of a verdict as a Markdown table: AUC of the fused score, against the champion or popularity."""
+    """The AUC of each head as a Markdown table, against the champion or popularity; nothing if there is none."""
+    if not verdict["heads"]:
+        return ""
     against = "popularity" if verdict["champion"] is None else f"release {verdict['champion']}"
-    lines = [f"| head | AUC | 95 % interval | {against} | difference |", "|---|---|---|---|---|"]
+    confidence = f"{100 * verdict['policy']['confidence']:g} % interval"
+    lines = [f"| head | AUC | {confidence} | {against} | difference |", "|---|---|---|---|---|"]
     for name, head in verdict["heads"].items():
         other = head["popularity"] if verdict["champion"] is None else head["champion"]
         lines.append(
@@ -32,6 +50,29 @@ def verdict_table(verdict: dict[str, Any]) -> str:
             f"| {other:.4f} | {head['auc'] - other:+.4f} |"
         )
     return "\n".join(lines)
+
+
+class Question(NamedTuple):
+    """What a person is asked: `warning` stands before the subject of every approval of the run."""
+
+    warning: str
+    body: str
+
+
+def question(verdict: dict[str, Any], where: list[str], force_reason: str, asked_by: str) -> Question:
+    """The question by a verdict, with the places in `where`; loud if a rejected candidate is to be forced."""
+    facts = [part for part in (primary_line(verdict), verdict_table(verdict), *where) if part]
+    if not force_reason:
+        return Question("", "\n\n".join(facts))
+    failed = [f"- **{check['name']}**: {check['reason']}" for check in verdict["checks"] if not check["passed"]]
+    loud = [
+        "## The gate REJECTED this candidate",
+        verdict["sentence"],
+        f"It failed {len(failed)} of {len(verdict['checks'])} checks:\n\n" + "\n".join(failed),
+        f"**{asked_by} asks to force it, with this reason:**\n\n> {' '.join(force_reason.split())}",
+        "Whoever approves this forces the release: the name and the reason stand in its manifest for good.",
+    ]
+    return Question("FORCED, the gate REJECTED it: ", "\n\n".join([*loud, *facts]))
 
 
 def online_counts(directory: Path, releases: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -76,6 +117,12 @@ def answer(task_id: str) -> Answer:
     return Answer(approved, by.get("name") or "nobody", CANARY | (said.get("params_input") or {}))
 
 
+def with_force(reason: str) -> str:
+    """The reason of an act, for the routing document: it says when this run forces what the gate has rejected."""
+    forced = get_current_context()["params"]["force_reason"]
+    return f"{reason}, forced against the gate: {forced}" if forced else reason
+
+
 @dag(
     dag_id="release",
     schedule=[CANDIDATE],
@@ -84,6 +131,12 @@ def answer(task_id: str) -> Answer:
     tags=["penstock"],
     default_args={"retries": 0, "execution_timeout": timedelta(hours=1)},
     params={
+        "force_reason": Param(
+            "",
+            type="string",
+            pattern=r"^(|[\s\S]*\S[\s\S]*)(?![\s\S])",  # blank is no reason
+            description="why the newest candidate that the gate has turned down is to be released all the same",
+        ),
         "replayed_requests": Param(5000, type="integer", minimum=0, description="newest logged requests, at most"),
         "min_equal_share": Param(
             0.9999, type="number", minimum=0, maximum=1, description="of the vectors that the replay compares"
@@ -99,6 +152,9 @@ def answer(task_id: str) -> Answer:
     shown `min_impressions` times, or after `wait_minutes`, a person approves its promotion by what the A/B split has
     shown, or it is withdrawn. The approver sets the three in the form of the approval.
 
+    With `force_reason` it takes the newest candidate that the gate has **turned down** instead. The approval says so,
+    and why; who answers it is named in the manifest with the reason. It goes through canary and replay as any other.
+
     Before any promotion the **replay** holds the feature vectors that requests were served, and those of a probe,
     against what training is given for the same entity and time, bit for bit. Below `min_equal_share` the run fails and
     a canary is withdrawn, unless `require_replay` is off.
@@ -108,14 +164,22 @@ def answer(task_id: str) -> Answer:
     """,
 )
 def release() -> None:
-    @task(inlets=[CANDIDATE], doc_md="The candidate, its verdict, and the champion it was held against.")
+    @task(
+        inlets=[CANDIDATE, TURNED_DOWN],
+        doc_md="The candidate, its verdict, and the champion it was held against; to be forced, one turned down.",
+    )
     def candidate() -> dict[str, Any]:
         from components import tracking
         from penstock import routing
 
-        found = newest(
-            CANDIDATE, get_current_context(), "there is no approved candidate yet: trigger the DAG `train` first"
-        )
+        context = get_current_context()
+        reason = context["params"]["force_reason"]
+        if reason:
+            found = newest(
+                TURNED_DOWN, context, "there is no candidate that was turned down: there is nothing to force"
+            )
+        else:
+            found = newest(CANDIDATE, context, "there is no approved candidate yet: trigger the DAG `train` first")
         verdict = json.loads((Path(found["verdict"]) / "verdict.json").read_text())
         live = routing.read(home() / "routing.json").champion
         if verdict["champion"] != live:
@@ -126,12 +190,13 @@ def release() -> None:
         where = [f"Report: `{found['report']}`"]
         if link := tracking.run_url(tracking_uri(), found["run_id"]):
             where.append(f"MLflow: [run {found['run_id']}]({link})")
-        body = [verdict_table(verdict), *where]
-        return found | {"champion": live, "body": "\n\n".join(body)}
+        asked_by = context["dag_run"].triggering_user_name or "Somebody"
+        return found | {"champion": live, **question(verdict, where, reason, asked_by)._asdict()}
 
     approve = ApprovalOperator(
         task_id="approve",
-        subject="Release this candidate? {{ ti.xcom_pull(task_ids='candidate')['sentence'] }}",
+        subject="{{ ti.xcom_pull(task_ids='candidate')['warning'] }}Release this candidate? "
+        "{{ ti.xcom_pull(task_ids='candidate')['sentence'] }}",
         body="{{ ti.xcom_pull(task_ids='candidate')['body'] }}",
         assigned_users=APPROVERS,
         defaults=ApprovalOperator.REJECT,
@@ -159,6 +224,7 @@ def release() -> None:
             approved_by=answer("approve").by,
             run_id=found["run_id"],
             git_revision=git_revision(),
+            force_reason=get_current_context()["params"]["force_reason"],
             **parts,
         )
         number = int(outputs["parameters"]["number"])
@@ -175,7 +241,7 @@ def release() -> None:
 
         said = answer("approve")
         reason = f"canary of run {get_current_context()['run_id']}"
-        rollout.canary(home(), number, float(said.form["share"]), by=said.by, reason=reason)
+        rollout.canary(home(), number, float(said.form["share"]), by=said.by, reason=with_force(reason))
         follow_routing()
         pair = {"champion": found["champion"], "challenger": number}
         before = online_counts(home() / "feedback", pair)
@@ -229,7 +295,8 @@ def release() -> None:
 
     approve_promotion = ApprovalOperator(
         task_id="approve_promotion",
-        subject="Promote release {{ ti.xcom_pull(task_ids='build') }} from canary to everybody?",
+        subject="{{ ti.xcom_pull(task_ids='candidate')['warning'] }}"
+        "Promote release {{ ti.xcom_pull(task_ids='build') }} from canary to everybody?",
         body="{{ ti.xcom_pull(task_ids='candidate')['sentence'] }}\n\n"
         "{{ ti.xcom_pull(task_ids='candidate')['body'] }}\n\n"
         "{{ ti.xcom_pull(task_ids='replay')['body'] }}\n\nOnline so far:\n\n"
@@ -256,7 +323,7 @@ def release() -> None:
         if not said.approved:
             raise AirflowFailException("nobody has approved this promotion")
         number = int(context["ti"].xcom_pull(task_ids="build"))
-        rollout.promote(home(), number, by=said.by, reason=f"approved in run {context['run_id']}")
+        rollout.promote(home(), number, by=said.by, reason=with_force(f"approved in run {context['run_id']}"))
         return number
 
     # whatever became of the tasks before it: a canary that nobody can judge is none

@@ -10,7 +10,7 @@ from typing import Any
 from airflow.sdk import Param, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
-from dags.assets import CANDIDATE, EXAMPLES, newest
+from dags.assets import CANDIDATE, EXAMPLES, TURNED_DOWN, newest
 from dags.stages import champion, folder, run, tracking_uri, uri
 
 
@@ -91,7 +91,8 @@ def best(candidates: list[dict[str, Any]], artifact: str, measures: list[str]) -
     single head), and always against baselines; and the **report** shows it all, in a file and in MLflow.
 
     Started by the asset `examples`, or by hand: then it takes the newest examples.
-    An approved candidate becomes the asset `candidate`, which starts `release`; one turned down skips `publish`.
+    An approved candidate becomes the asset `candidate`, which starts `release`; one turned down skips `publish` and
+    becomes the asset `turned_down`, which starts nothing: `release` takes it by hand, with a reason.
     """,
 )
 def train() -> None:
@@ -198,11 +199,20 @@ def train() -> None:
         get_current_context()["outlet_events"][CANDIDATE].extra = reported
         return reported
 
+    @task(outlets=[TURNED_DOWN], doc_md="Keeps a candidate that is turned down, should a person force its release.")
+    def set_aside(reported: dict[str, Any]) -> dict[str, Any]:
+        if reported["approved"]:
+            raise AirflowSkipException("approved by the gate")
+        get_current_context()["outlet_events"][TURNED_DOWN].extra = reported
+        return reported
+
     planned = plan()
     recalls = recall.partial(plan=planned).expand(model=map_over("recall")(planned))
     ranks = rank.partial(plan=planned).expand(model=map_over("rank")(planned))
     chosen = choose(planned, recalls, ranks)
-    publish(report(gate(weights(chosen), rehearse(chosen))))
+    reported = report(gate(weights(chosen), rehearse(chosen)))
+    publish(reported)
+    set_aside(reported)
 
 
 train()

@@ -32,7 +32,9 @@ def write_recall(examples: Path, trained: Path, out: Path) -> dict[str, float]:
     users = evaluation.Queries.of(examples, "validation").rows
     queries = training.query_vectors(model, users.sample(min(users.height, 1024), seed=0), schema)
     searched = export.export_recall(model, schema, Catalogue.read(examples, schema), out, queries)
-    figures = evaluation.recall_metrics(examples, out / "saved_model") | {"index": searched}
+    inputs = [feature.name for feature in export.read_by(model, schema)]
+    figures: dict[str, Any] = {"inputs": inputs, "index": searched}
+    figures |= evaluation.recall_metrics(examples, out / "saved_model")
     asked = evaluation.Queries.of(examples, "test").rows.head(SAMPLE)
     vectors = training.query_vectors(model, asked, schema)
     asked.select("event_id").with_columns(vector=pl.Series(vectors, dtype=pl.List(pl.Float32))).write_parquet(
@@ -51,7 +53,7 @@ def write_rank(examples: Path, trained: Path, out: Path) -> dict[str, float]:
     model, schema = training.load_rank(examples, trained)
     (out / "predictions").mkdir(parents=True, exist_ok=True)
     export.export_rank(model, schema, out)
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"inputs": [feature.name for feature in export.read_by(model, schema)]}
     for part in ("validation", "test"):
         predictions = evaluation.predict(examples, out / "saved_model", part)
         predictions.write_parquet(out / "predictions" / f"{part}.parquet")

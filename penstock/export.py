@@ -106,6 +106,13 @@ class _Rank(tf.Module):
         return self._model.scores(self._encoder(raw))
 
 
+def read_by(model: Retrieval | Ranking, schema: Schema) -> tuple[Feature, ...]:
+    """The features that an exported model reads: those of its query tower, or of the trunk of a rank model."""
+    tower = model.query_tower if isinstance(model, Retrieval) else model.shared
+    names = {tensor.name for tensor in tower.inputs}
+    return tuple(feature for feature in schema.features if feature.name in names)
+
+
 def _save(module: tf.Module, name: str, path: Path) -> None:
     signature = getattr(module, name)
     tf.saved_model.save(module, str(path), signatures={"serving_default": signature, name: signature})
@@ -131,8 +138,7 @@ def export_recall(
     vectors = item_vectors(model, np.arange(len(ids)) + FIRST)
     if not np.isfinite(vectors).all():
         raise ValueError("item vectors are not finite")
-    names = {tensor.name for tensor in model.query_tower.inputs}
-    encoder = _Encoder(tuple(feature for feature in schema.features if feature.name in names), schema)
+    encoder = _Encoder(read_by(model, schema), schema)
     search = index.build(vectors, ids, queries=queries)
     module = _Recall(model.query_tower, encoder, search)
     _save(module, "recommend", out / "saved_model")
@@ -144,7 +150,6 @@ def export_recall(
 
 def export_rank(model: Ranking, schema: Schema, out: Path) -> None:
     """Writes `saved_model/` with the signature `predict`: `Ranking.scores` of raw features."""
-    names = {tensor.name for tensor in model.shared.inputs}
-    encoder = _Encoder(tuple(feature for feature in schema.features if feature.name in names), schema)
+    encoder = _Encoder(read_by(model, schema), schema)
     module = _Rank(model, encoder)
     _save(module, "predict", out / "saved_model")

@@ -27,6 +27,8 @@ from penstock.events import LABELS
 
 MANIFEST = "manifest.json"
 MODELS = ("recall", "rank")
+NOBODY = "nobody"
+"""Who has answered an approval that nobody answered."""
 FEATURE_SERVICES = {"recall": "recall_v3", "rank": "rank_v3"}
 
 
@@ -58,19 +60,25 @@ def releases(home: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
-def build(home: Path, candidate: Candidate, *, approved_by: str, run_id: str, git_revision: str) -> int:
+def build(
+    home: Path, candidate: Candidate, *, approved_by: str, run_id: str, git_revision: str, force_reason: str = ""
+) -> int:
     """Makes a release of `candidate` and returns its number.
 
     It is built under a temporary name, made durable and renamed: it is there entirely or not at all. The same run's
     same files are not released twice, so that a repeated step does no harm.
 
+    Args:
+        force_reason: why a candidate that the gate has rejected is released all the same; the manifest names who
+            approved it, the reason and the verdict as `forced` (null for an approved one).
+
     Raises:
-        ReleaseError: a part of the candidate is missing, or the gate did not approve it.
+        ReleaseError: a part of the candidate is missing; the gate did not approve it, and it is not forced by a named
+            person with a reason; or the gate approved it, and it is forced.
     """
     parts = _parts(candidate)
     verdict = _json(candidate.verdict / "verdict.json")
-    if verdict.get("approved") is not True:
-        raise ReleaseError(f"the gate did not approve this candidate: {verdict.get('sentence', 'no verdict')}")
+    forced = _forced(verdict, approved_by, force_reason)
     folder = home / "releases"
     folder.mkdir(parents=True, exist_ok=True)
     with _building(folder):
@@ -91,6 +99,7 @@ def build(home: Path, candidate: Candidate, *, approved_by: str, run_id: str, gi
                 "release": number,
                 "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "approved_by": approved_by,
+                "forced": forced,
                 "run_id": run_id,
                 "git_revision": git_revision,
                 "files": hashes,
@@ -184,6 +193,22 @@ def _parts(candidate: Candidate) -> dict[str, Path]:
     return parts
 
 
+def _forced(verdict: dict[str, Any], by: str, reason: str) -> dict[str, str] | None:
+    """Who releases a rejected candidate and why; None for an approved one, which nobody need force."""
+    sentence = verdict.get("sentence", "no verdict")
+    if verdict.get("approved") is True:
+        if reason:
+            raise ReleaseError(f"the gate approved this candidate, there is nothing to force: {sentence}")
+        return None
+    if not reason:
+        raise ReleaseError(f"the gate did not approve this candidate: {sentence}")
+    if not reason.strip():
+        raise ReleaseError("a candidate that the gate did not approve is forced with a reason, and this one is blank")
+    if by.strip().lower() in ("", NOBODY):
+        raise ReleaseError("a candidate that the gate did not approve is forced by a named person, and nobody is named")
+    return {"by": by, "reason": reason, "verdict": sentence}
+
+
 def _manifest(candidate: Candidate, verdict: dict[str, Any]) -> dict[str, Any]:
     """What the candidate's own files say of it."""
     weights = _json(candidate.weights / "weights.json")
@@ -197,6 +222,7 @@ def _manifest(candidate: Candidate, verdict: dict[str, Any]) -> dict[str, Any]:
             "feature_services": FEATURE_SERVICES,
             "recall": _json(candidate.recall / "config.json"),
             "rank": _json(candidate.rank / "config.json"),
+            "inputs": {"recall": recall["inputs"], "rank": rank["inputs"]},
             "metrics": {"recall": recall["test"], "rank": rank["test"], "gate": verdict["heads"]},
             "verdict": verdict["sentence"],
             "data_window": verdict["data_window"],

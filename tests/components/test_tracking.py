@@ -66,7 +66,9 @@ def test_a_candidate_is_a_finished_run_with_metrics_and_files(uri: str, run_id: 
 
 def test_releases_are_versions_and_aliases_follow(uri: str, run_id: str, tmp_path: Path) -> None:
     first = register_release(uri, *release(tmp_path, 1, run_id))
-    second = register_release(uri, *release(tmp_path, 2, run_id))
+    path, manifest = release(tmp_path, 2, run_id)
+    forced = {"by": "ana", "reason": "the audit asks for it", "verdict": "Rejected: worse."}
+    second = register_release(uri, path, manifest | {"forced": forced})
     assert first != second
     # a repeated step registers nothing twice
     assert register_release(uri, tmp_path / "1", release(tmp_path / "1", 1, run_id)[1]) == first
@@ -74,7 +76,13 @@ def test_releases_are_versions_and_aliases_follow(uri: str, run_id: str, tmp_pat
     set_aliases(uri, champion=1, challenger=2)
     registry = client(uri)
     assert str(registry.get_model_version_by_alias("penstock", "champion").version) == first
-    assert registry.get_model_version_by_alias("penstock", "challenger").tags["release"] == "2"
+    tags = registry.get_model_version_by_alias("penstock", "challenger").tags
+    assert {name: tags[name] for name in ("release", "forced_by", "force_reason")} == {
+        "release": "2",
+        "forced_by": "ana",
+        "force_reason": "the audit asks for it",
+    }
+    assert "forced_by" not in registry.get_model_version_by_alias("penstock", "champion").tags
     assert [found.path for found in registry.list_artifacts(run_id, "release")] == ["release/manifest.json"]
 
     set_aliases(uri, champion=2, challenger=None)

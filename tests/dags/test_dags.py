@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +26,8 @@ print(json.dumps({
     "dags": {name: {
         "schedule": type(dag.timetable).__name__,
         "max_active_runs": dag.max_active_runs,
+        "triggers": [asset.name for asset in getattr(getattr(dag.timetable, "asset_condition", None), "objects", [])],
+        "params": {name: dag.params.get_param(name).schema for name in dag.params},
         "doc": bool(dag.doc_md),
         "tasks": {task.task_id: {
             "upstream": sorted(task.upstream_task_ids),
@@ -33,6 +36,8 @@ print(json.dumps({
             "limited": bool(task.execution_timeout or getattr(task, "response_timeout", None)),
             "doc": bool(task.doc_md),
             "defaults": getattr(task, "defaults", None),
+            "inlets": [asset.name for asset in task.inlets],
+            "outlets": [asset.name for asset in task.outlets],
             "links": [link.name for link in task.operator_extra_links],
         } for task in dag.tasks},
     } for name, dag in bag.dags.items()},
@@ -100,7 +105,8 @@ def test_train_goes_through_gate_and_report_before_it_publishes(parsed: dict[str
     assert tasks["weights"]["upstream"] == tasks["rehearse"]["upstream"] == ["choose"]
     assert tasks["gate"]["upstream"] == ["rehearse", "weights"]
     assert tasks["report"]["upstream"] == ["gate"]
-    assert tasks["publish"]["upstream"] == ["report"]
+    assert tasks["publish"]["upstream"] == tasks["set_aside"]["upstream"] == ["report"]
+    assert (tasks["publish"]["outlets"], tasks["set_aside"]["outlets"]) == (["candidate"], ["turned_down"])
 
 
 @pytest.mark.usefixtures("airflow_home")
@@ -222,14 +228,28 @@ def test_the_best_model_is_chosen_by_the_validation_slice(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("airflow_home")
 def test_the_tables_a_person_decides_by() -> None:
-    from dags.release import evidence_table, verdict_table
+    from dags.release import evidence_table, primary_line, verdict_table
 
+    policy = {"confidence": 0.95}
     head = {"auc": 0.7, "low": 0.69, "high": 0.71, "champion": 0.68, "popularity": 0.6}
-    first = verdict_table({"champion": None, "heads": {"click": head}})
-    later = verdict_table({"champion": 3, "heads": {"click": head}})
+    first = verdict_table({"champion": None, "heads": {"click": head}, "policy": policy})
+    later = verdict_table({"champion": 3, "heads": {"click": head}, "policy": policy})
     assert first.splitlines()[0] == "| head | AUC | 95 % interval | popularity | difference |"
     assert first.splitlines()[2] == "| click | 0.7000 | 0.6900 to 0.7100 | 0.6000 | +0.1000 |"
     assert later.splitlines()[2] == "| click | 0.7000 | 0.6900 to 0.7100 | 0.6800 | +0.0200 |"
+
+    difference = {"value": 0.02, "low": 0.011, "high": 0.029}
+    primary = {"measure": "mean_auc", "candidate": 0.7, "opponent": "champion", "opponent_value": 0.68}
+    primary |= {"difference": difference, "p_value": 0.00123}
+    assert primary_line({"champion": 3, "primary": primary, "policy": policy}) == (
+        "**mean auc** of the fused score: **0.7000**, release 3 0.6800: +0.0200 "
+        "(95% interval +0.0110 to +0.0290, p = 0.0012)"
+    )
+    by_draws = primary | {"measure": "gauc_click", "opponent": "single head", "p_value": None}
+    assert primary_line({"champion": None, "primary": by_draws, "policy": policy}) == (
+        "**gauc click** of the fused score: **0.7000**, single head 0.6800: +0.0200 (95% interval +0.0110 to +0.0290)"
+    )
+    assert primary_line({"primary": {}}) == verdict_table({"heads": {}}) == ""
 
     counts = {
         "champion": {"impressions": 200, "click": 50, "long_view": 10},
@@ -237,6 +257,48 @@ def test_the_tables_a_person_decides_by() -> None:
     }
     table = evidence_table({"champion": 1, "challenger": 2}, counts)
     assert table.splitlines()[2:] == ["| champion | 1 | 200 | 25.00% | 5.00% |", "| challenger | 2 | 0 | – | – |"]
+
+
+@pytest.mark.usefixtures("airflow_home")
+def test_who_is_asked_to_force_a_release_is_told_so_loudly() -> None:
+    from dags.release import question
+
+    checks = [
+        {"name": "better than the champion", "passed": False, "reason": "It is worse by 0.0100."},
+        {"name": "answers in time", "passed": True, "reason": "14 ms."},
+        {"name": "no harm to new users", "passed": False, "reason": "It harms them."},
+    ]
+    verdict = {"champion": 3, "primary": {}, "heads": {}, "checks": checks, "sentence": "Rejected: it is worse."}
+
+    asked = question(verdict, ["Report: `report.html`"], "the champion shows\nwhat is withdrawn", "ana")
+    assert asked.warning.startswith("FORCED, the gate REJECTED it")
+    said = asked.body.split("\n\n")
+    assert said[0] == "## The gate REJECTED this candidate"
+    assert said[1] == "Rejected: it is worse."
+    assert said[2] == "It failed 2 of 3 checks:"
+    assert (
+        said[3] == "- **better than the champion**: It is worse by 0.0100.\n- **no harm to new users**: It harms them."
+    )
+    assert "ana asks to force it" in said[4]
+    assert said[5] == "> the champion shows what is withdrawn"
+    assert said[-1] == "Report: `report.html`"
+
+    assert question(verdict, ["Report: `report.html`"], "", "ana") == ("", "Report: `report.html`")
+
+
+def test_a_forced_release_is_started_by_hand_and_asked_for_as_any_other(parsed: dict[str, Any]) -> None:
+    dag = parsed["dags"]["release"]
+    assert dag["triggers"] == ["candidate"]  # one turned down starts nothing
+    assert dag["tasks"]["candidate"]["inlets"] == ["candidate", "turned_down"]
+    reason = Draft202012Validator(dag["params"]["force_reason"])
+    for text, accepted in (
+        ("", True),
+        ("an audit asks for it", True),
+        ("two\nlines", True),
+        ("  ", False),
+        ("\n", False),
+    ):
+        assert reason.is_valid(text) == accepted, text
 
 
 @pytest.mark.usefixtures("airflow_home")

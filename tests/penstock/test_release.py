@@ -27,10 +27,10 @@ def candidate(folder: Path, *, approved: bool = True) -> Candidate:
         "recall/saved_model/variables/variables.index": "recall variables",
         "recall/items.parquet": "vectors",
         "recall/config.json": '{"model": "youtube_dnn", "config": {"dim": 8}, "seed": 1}',
-        "recall/metrics.json": '{"validation": {}, "test": {"recall@50": 0.5}}',
+        "recall/metrics.json": '{"inputs": ["age"], "validation": {}, "test": {"recall@50": 0.5}}',
         "rank/saved_model/saved_model.pb": "rank graph",
         "rank/config.json": '{"model": "mmoe", "config": {}, "seed": 1}',
-        "rank/metrics.json": '{"validation": {}, "test": {"auc_click": 0.7}}',
+        "rank/metrics.json": '{"inputs": ["hour"], "validation": {}, "test": {"auc_click": 0.7}}',
         "weights/weights.json": '{"fusion": "weighted_sum", "weights": {"click": 0.5, "long_view": 1, "like": 0}}',
         "verdict/verdict.json": json.dumps(verdict),
         "report.html": "<p>report</p>",
@@ -64,6 +64,8 @@ def test_a_release_is_what_its_manifest_says(tmp_path: Path) -> None:
     assert manifest["recall"]["model"] == "youtube_dnn"
     assert manifest["metrics"]["rank"] == {"auc_click": 0.7}
     assert manifest["parent"] == 1
+    assert manifest["inputs"] == {"recall": ["age"], "rank": ["hour"]}
+    assert manifest["forced"] is None
     assert manifest["data_window"]["test_end"] == "2022-05-08T00:00:00+00:00"
     assert {manifest[key] for key in ("approved_by", "run_id", "git_revision")} == {"a person", "run", "abc"}
     assert all(os.stat(file).st_mode & 0o222 == 0 for file in path.rglob("*") if file.is_file())
@@ -112,6 +114,40 @@ def test_a_release_under_anothers_number_is_refused(tmp_path: Path) -> None:
 def test_a_candidate_that_the_gate_rejected_is_not_released(tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match="did not approve this candidate: better"):
         build(tmp_path / "home", candidate(tmp_path, approved=False))
+    assert release.releases(tmp_path / "home") == []
+
+
+def test_a_rejected_candidate_is_forced_by_a_named_person_with_a_reason(tmp_path: Path) -> None:
+    made, home = candidate(tmp_path, approved=False), tmp_path / "home"
+    said = {"run_id": "run", "git_revision": "abc", "approved_by": "ana"}
+    assert release.build(home, made, **said, force_reason="the champion recommends what is withdrawn") == 1
+    manifest = release.verify(home, 1)
+    assert manifest["forced"] == {
+        "by": "ana",
+        "reason": "the champion recommends what is withdrawn",
+        "verdict": "better",
+    }
+    assert manifest["approved_by"] == "ana"
+
+
+@pytest.mark.parametrize(
+    ("approved", "by", "reason", "message"),
+    [
+        (False, "ana", "", "did not approve this candidate"),
+        (False, "ana", " \n", "this one is blank"),
+        (False, "nobody", "it must", "nobody is named"),
+        (False, "Nobody ", "it must", "nobody is named"),
+        (False, "  ", "it must", "nobody is named"),
+        (True, "ana", "it must", "nothing to force"),
+        (True, "ana", " ", "nothing to force"),
+    ],
+)
+def test_force_needs_a_rejection_a_name_and_a_reason(
+    tmp_path: Path, approved: bool, by: str, reason: str, message: str
+) -> None:
+    made = candidate(tmp_path, approved=approved)
+    with pytest.raises(ReleaseError, match=message):
+        release.build(tmp_path / "home", made, approved_by=by, run_id="run", git_revision="abc", force_reason=reason)
     assert release.releases(tmp_path / "home") == []
 
 

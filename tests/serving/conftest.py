@@ -123,9 +123,9 @@ def build(home: Path, folder: Path, *, broken: bool = False) -> int:
     files = {
         "recall/items.parquet": "vectors",
         "recall/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
-        "recall/metrics.json": '{"validation": {}, "test": {}}',
+        "recall/metrics.json": '{"inputs": [], "validation": {}, "test": {}}',
         "rank/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
-        "rank/metrics.json": '{"validation": {}, "test": {}}',
+        "rank/metrics.json": '{"inputs": [], "validation": {}, "test": {}}',
         "weights/weights.json": json.dumps({"fusion": fusion_of(number), "weights": WEIGHTS}),
         "verdict/verdict.json": '{"approved": true, "sentence": "", "champion": null, "heads": {}, "data_window": {}}',
         "report.html": "<p>report</p>",
