@@ -105,17 +105,6 @@ def _auc_of_ranks(rank_sum: float, positives: int, rows: int) -> float:
     return (rank_sum - positives * (positives + 1) / 2) / (positives * (rows - positives))
 
 
-def auc_many(labels: npt.NDArray[np.float64], scores: Array) -> Array:
-    """The AUC of one score for several labels, the sorting shared; `labels` [labels, n] of 0.0 and 1.0, unchecked.
-
-    The inner loop of the weight search: check with `auc` once, then call this.
-    """
-    positives = labels.sum(axis=1)
-    rows = scores.size
-    result: Array = (labels @ midranks(scores) - positives * (positives + 1) / 2) / (positives * (rows - positives))
-    return result
-
-
 def gauc(labels: npt.ArrayLike, scores: npt.ArrayLike, users: npt.ArrayLike) -> float:
     """AUC within each user, averaged by the user's impressions: Σ_u n_u AUC_u / Σ_u n_u.
 
