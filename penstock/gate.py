@@ -28,6 +28,8 @@ from penstock.policy import MEAN_AUC
 from penstock.policy import Config as Policy
 
 RECALL = "recall@50"
+REHEARSED = ("a fresh server answers", "served scores are the training graph's", "answers in time")
+"""The checks of a rehearsal, by name."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _models(evidence: Evidence) -> Iterator[Check]:
 
 def _rehearsed(found: Mapping[str, Any] | None, by: Policy) -> Iterator[Check]:
     """Whether a fresh server answers logged requests with the training graph's scores, in time."""
-    name = "a fresh server answers"
+    name, same, in_time = REHEARSED
     if not found:
         yield Check(name, False, "The candidate was not loaded in a fresh server.")
         return
@@ -227,15 +229,9 @@ def _rehearsed(found: Mapping[str, Any] | None, by: Policy) -> Iterator[Check]:
         f"Served scores differ from the training graph's by at most {difference:.2g}; "
         f"{by.score_tolerance:.2g} is allowed."
     )
-    yield Check(
-        "served scores are the training graph's",
-        difference <= by.score_tolerance,
-        reason,
-        value=difference,
-        bound=by.score_tolerance,
-    )
+    yield Check(same, difference <= by.score_tolerance, reason, value=difference, bound=by.score_tolerance)
     reason = f"99 of 100 rehearsed requests took at most {latency:.1f} ms; {by.latency_ms:g} ms are allowed."
-    yield Check("answers in time", latency <= by.latency_ms, reason, value=latency, bound=by.latency_ms)
+    yield Check(in_time, latency <= by.latency_ms, reason, value=latency, bound=by.latency_ms)
 
 
 class _Rows:
@@ -249,6 +245,12 @@ class _Rows:
 
     def auc(self, label: str, scores: Array) -> Estimate:
         return intervals.auc(self.labels[label], scores, self._users)
+
+    def calibration_ratio(self, label: str, scores: Array) -> Estimate:
+        return intervals.calibration_ratio(self.labels[label], scores, self._users)
+
+    def calibration_slope(self, label: str, scores: Array) -> Estimate:
+        return intervals.calibration_slope(self.labels[label], scores, self._users)
 
     def mean_auc(self, scores: Array, labels: Sequence[str] = LABELS) -> Estimate:
         return intervals.mean_estimate([self.auc(label, scores) for label in labels])
@@ -429,15 +431,25 @@ def _head(
         checks.append(_above(f"{label} head not worse than the champion's", against, -by.heads[label], reason))
         figures |= {"champion": theirs.value, "difference": against.value}
         figures |= {"difference_low": against.low, "difference_high": against.high}
-    for name, of, bound, called in (
-        ("ratio", metrics.calibration_ratio, by.calibration_ratio, "what the head predicts over what happened"),
-        ("slope", metrics.calibration_slope, by.calibration_slope, "the slope of what happened over what it predicts"),
+    for name, found, bound, called in (
+        (
+            "ratio",
+            on.calibration_ratio(label, scores),
+            by.calibration_ratio,
+            "what the head predicts over what happened",
+        ),
+        ("slope", on.calibration_slope(label, scores), by.calibration_slope, "the slope of what happened over that"),
     ):
-        value = of(on.labels[label], scores)
-        reason = f"For {label}, {called} is {value:.3f}; {1 / bound:.3f} to {bound:.3f} is asked for."
-        inside = 1 / bound <= value <= bound
-        checks.append(Check(f"{label} head is calibrated ({name})", inside, reason, value=value, bound=bound))
-        figures[f"calibration_{name}"] = value
+        ends = found.interval(by.confidence)
+        reason = (
+            f"For {label}, {called} is {found.value:.3f} ({_ends(ends, by)}); an interval wholly outside "
+            f"{1 / bound:.3f} to {bound:.3f} is too far off."
+        )
+        shown = ends.low > bound or ends.high < 1 / bound
+        called_check = f"{label} head is calibrated ({name})"
+        checks.append(Check(called_check, not shown, reason, ends.value, ends.low, ends.high, bound))
+        figures |= {f"calibration_{name}": ends.value}
+        figures |= {f"calibration_{name}_low": ends.low, f"calibration_{name}_high": ends.high}
     return figures, checks
 
 

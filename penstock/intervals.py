@@ -134,6 +134,46 @@ def auc(labels: npt.ArrayLike, scores: npt.ArrayLike, users: npt.ArrayLike) -> E
     return Estimate(area, influence)
 
 
+def calibration_ratio(labels: npt.ArrayLike, probabilities: npt.ArrayLike, users: npt.ArrayLike) -> Estimate:
+    """What is predicted over what happened, R = Σ p / Σ y; 1 is calibrated in the large. A user adds Σ (p − R y) / Σ y.
+
+    Raises:
+        MetricError: one class only, or no probabilities.
+    """
+    positive, _ = metrics.checked(labels, probabilities)
+    p = metrics.probabilities_of(probabilities, positive.size)
+    codes, count = _codes(users, positive.size)
+    m = int(positive.sum())
+    ratio = float(p.sum() / m)
+    influence = np.bincount(codes, weights=p - ratio * positive, minlength=count) / m
+    return Estimate(ratio, influence.astype(np.float64))
+
+
+def calibration_slope(labels: npt.ArrayLike, probabilities: npt.ArrayLike, users: npt.ArrayLike) -> Estimate:
+    """The slope b of logit P(y = 1) = a + b logit(p) by maximum likelihood (Cox, Biometrika 1958); 1 is calibrated.
+
+    Below 1 the probabilities are too extreme, above 1 too timid. p is kept 1e-6 away from 0 and 1. With users as
+    clusters: b's part of H⁻¹ Σ x (y − f), the sandwich of Liang and Zeger (Biometrika 1986), eq. 7.
+
+    Raises:
+        MetricError: one class only, or no probabilities.
+    """
+    positive, _ = metrics.checked(labels, probabilities)
+    p = np.clip(metrics.probabilities_of(probabilities, positive.size), 1e-6, 1 - 1e-6)
+    codes, count = _codes(users, positive.size)
+    design = np.stack([np.ones(p.size), np.log(p) - np.log1p(-p)])
+    beta = np.array([0.0, 1.0])
+    for _ in range(100):  # Newton's method, its steps bounded: it goes off where a label is nearly separated
+        residual = positive - 1 / (1 + np.exp(-(beta @ design)))
+        spread = (design * ((positive - residual) * (1 - positive + residual))) @ design.T
+        step = np.linalg.lstsq(spread, design @ residual, rcond=None)[0]
+        if np.abs(step).max() < 1e-8:
+            break
+        beta = beta + np.clip(step, -1.0, 1.0)
+    of_rows = np.linalg.lstsq(spread, design * residual, rcond=None)[0][1]
+    return Estimate(float(beta[1]), np.bincount(codes, weights=of_rows, minlength=count))
+
+
 def gauc(
     labels: npt.ArrayLike, scores: npt.ArrayLike, users: npt.ArrayLike, *, replicates: int, seed: int
 ) -> Resampled:

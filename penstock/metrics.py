@@ -254,7 +254,8 @@ def coverage(ranked: npt.ArrayLike, items: npt.ArrayLike) -> float:
     return float(np.isin(wanted, np.asarray(ranked)).mean()) if wanted.size else float("nan")
 
 
-def _probabilities(probabilities: npt.ArrayLike, rows: int) -> Array:
+def probabilities_of(probabilities: npt.ArrayLike, rows: int) -> Array:
+    """`probabilities` in float64; a MetricError if they are none, or not `rows`."""
     values = _scores(probabilities, rows, "probabilities")
     if values.min() < 0 or values.max() > 1:
         raise MetricError(f"probabilities reach from {values.min():g} to {values.max():g}, outside 0 to 1")
@@ -269,7 +270,7 @@ def log_loss(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
     """
     positive = _labels(labels, both=False)
     epsilon = np.finfo(np.float64).eps
-    p = np.clip(_probabilities(probabilities, positive.size), epsilon, 1 - epsilon)
+    p = np.clip(probabilities_of(probabilities, positive.size), epsilon, 1 - epsilon)
     return float(-np.where(positive, np.log(p), np.log1p(-p)).mean())
 
 
@@ -283,7 +284,7 @@ def calibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int =
         MetricError: what `log_loss` refuses, or fewer than one bin.
     """
     positive = _labels(labels, both=False)
-    values = _probabilities(probabilities, positive.size)
+    values = probabilities_of(probabilities, positive.size)
     if bins < 1:
         raise MetricError(f"{bins} bins: there must be at least 1")
     edges = np.unique(np.quantile(values, np.arange(1, bins) / bins, method="inverted_cdf"))
@@ -295,39 +296,6 @@ def calibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike, bins: int =
     share = np.bincount(place, weights=positive)[used] / count
     error = float((count * np.abs(share - probability)).sum() / values.size)
     return Calibration(probability, share, count, error)
-
-
-def calibration_ratio(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
-    """What is predicted over what happened: Σ p / Σ y; 1 is calibrated in the large.
-
-    Raises:
-        MetricError: what `log_loss` refuses, or no positive.
-    """
-    positive = _labels(labels)
-    return float(_probabilities(probabilities, positive.size).sum() / positive.sum())
-
-
-def calibration_slope(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
-    """The slope b of logit P(y = 1) = a + b logit(p) by maximum likelihood (Cox, Biometrika 1958); 1 is calibrated.
-
-    Below 1 the probabilities are too extreme, above 1 too timid. p is kept 1e-6 away from 0 and 1.
-
-    Raises:
-        MetricError: what `auc` or `log_loss` refuses.
-    """
-    positive = _labels(labels)
-    p = np.clip(_probabilities(probabilities, positive.size), 1e-6, 1 - 1e-6)
-    design = np.stack([np.ones(p.size), np.log(p) - np.log1p(-p)])
-    beta = np.array([0.0, 1.0])
-    for _ in range(100):  # Newton's method, its steps bounded: it goes off where a label is nearly separated
-        fitted = 1 / (1 + np.exp(-(beta @ design)))
-        gradient = design @ (positive - fitted)
-        hessian = (design * (fitted * (1 - fitted))) @ design.T
-        step = np.linalg.lstsq(hessian, gradient, rcond=None)[0]
-        beta = beta + np.clip(step, -1.0, 1.0)
-        if np.abs(step).max() < 1e-8:
-            break
-    return float(beta[1])
 
 
 def roc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Roc:

@@ -41,7 +41,8 @@ class Config:
         baselines: `popularity` (of rank and recall) and `item_item_cf` (of recall), and by how much they must be
             beaten at the low end: the fused score's primary figure, and recall@50.
         slices: where harm is looked for: a mean AUC whose difference's whole interval is below 0.
-        calibration_ratio: what is predicted over what happened, of each head, may be between 1 / this and this.
+        calibration_ratio: what a head predicts over what happened is to be between 1 / this and this; an interval
+            wholly outside is too far off.
         calibration_slope: the same for the slope of the label's log-odds over the predicted ones.
         highest_auc, highest_gain: a head or a gain better than these is taken for a leak, not for a success.
         minimum_rows, minimum_users, minimum_cases: test rows; users; positives, and negatives, of each label.
@@ -61,7 +62,7 @@ class Config:
     baselines: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(BASELINES, 0.0))
     slices: tuple[str, ...] = SLICES
     calibration_ratio: float = 1.25
-    calibration_slope: float = 1.35
+    calibration_slope: float = 1.25
     highest_auc: float = 0.985
     highest_gain: float = 0.1
     minimum_rows: int = 1000

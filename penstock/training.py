@@ -193,10 +193,16 @@ def _encoded(model: keras.Model, rows: pl.DataFrame, schema: Schema) -> dict[str
 
 def _graph(predict: Callable[[Any], dict[str, Any]]) -> Callable[[Rows], dict[str, np.ndarray]]:
     """A method of a rank model as a function of rows, traced once: what it says of them, `[rows]` by name."""
-    graph = tf.function(predict, jit_compile=False)
+    graph: Callable[[Any], dict[str, Any]] | None = None
 
     def predicted(rows: Rows) -> dict[str, np.ndarray]:
-        parts = [{name: np.asarray(values) for name, values in graph(inputs).items()} for inputs, _ in rows.batches()]
+        nonlocal graph
+        parts = []
+        for inputs, _ in rows.batches():
+            if graph is None:  # of any number of rows: the last batch has fewer
+                specs = {name: tf.TensorSpec([None, *value.shape[1:]], value.dtype) for name, value in inputs.items()}
+                graph = tf.function(predict, input_signature=[specs], jit_compile=False)
+            parts.append({name: np.asarray(values) for name, values in graph(inputs).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     return predicted

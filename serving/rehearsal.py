@@ -26,6 +26,9 @@ VERSION = 1
 ITEMS = 200
 """An answer of the recall model, and a request to the rank model, has so many items."""
 
+WARM_UP = 3
+"""The first requests are not timed: a model server warms up before it gets any."""
+
 REQUEST = {"user_id", "item_id", "time_ms", "scenario", "device"}
 """What a request itself says."""
 
@@ -110,9 +113,8 @@ def _asked(client: ModelClient, examples: Path, recall: Path, rank: Path, reques
     for name, signature in signatures.items():
         _check_inputs(name, signature)
     times, finite, largest = [], True, 0.0
-    for number in range(requests):
-        user = number % of_users.height
-        at = (number * ITEMS) % of_rows.height
+    for number in range(-WARM_UP, requests):
+        user, at = number % of_users.height, (number * ITEMS) % of_rows.height
         chosen = np.arange(at, at + ITEMS) % of_rows.height
         inputs = _inputs(signatures["recall"], of_users[user]) | {
             "k": np.array(ITEMS, np.int32),
@@ -122,7 +124,8 @@ def _asked(client: ModelClient, examples: Path, recall: Path, rank: Path, reques
         started = time.perf_counter()
         answer = client.predict("recall", VERSION, inputs)
         heads = client.predict("rank", VERSION, batch)
-        times.append((time.perf_counter() - started) * 1000)
+        if number >= 0:
+            times.append((time.perf_counter() - started) * 1000)
         some = answer["ids"][0] >= 0
         scores = answer["scores"][0][some].astype(np.float64)
         finite = finite and bool(np.isfinite(scores).all()) and all(np.isfinite(said).all() for said in heads.values())

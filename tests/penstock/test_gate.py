@@ -105,7 +105,7 @@ def test_the_verdict_on_disk_is_the_verdict_and_says_what_the_champion_was(
     assert [check["name"] for check in document["checks"]] == [check.name for check in verdict.checks]
     assert set(document["heads"]["like"]) == {
         *("auc", "low", "high", "champion", "difference", "difference_low", "difference_high", "popularity"),
-        *("calibration_ratio", "calibration_slope"),
+        *(f"calibration_{name}{end}" for name in ("ratio", "slope") for end in ("", "_low", "_high")),
     }
     assert document["data_window"]["rows"]["test"] == 5000
     assert document["champion_manifest"]["rank"]["config"]["settings"] == {"epochs": 1}

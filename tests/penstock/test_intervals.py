@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from penstock import intervals, metrics
 from penstock.intervals import Interval
@@ -178,3 +179,53 @@ def test_too_few_users_are_refused() -> None:
         intervals.gauc([0, 1, 0, 0], [1, 2, 3, 4], [1, 1, 2, 3], replicates=200, seed=0).interval(0.95)
     with pytest.raises(MetricError, match="no user has a value"):
         intervals.average([float("nan")], replicates=10, seed=0)
+
+
+def test_calibration_ratio_and_slope_closed_forms() -> None:
+    def ratio(labels: list[int], probabilities: list[float]) -> float:
+        return intervals.calibration_ratio(labels, probabilities, np.arange(len(labels))).value
+
+    assert ratio([0, 1, 0, 1], [0.2, 0.8, 0.2, 0.8]) == pytest.approx(1.0)
+    assert ratio([0, 1, 0, 0], [0.5] * 4) == 2.0
+    # two groups of probability .2 and .8 in which .4 and .6 are positive: logit .6 / logit .8
+    labels = [1, 1, 0, 0, 0] * 40 + [1, 1, 1, 0, 0] * 40
+    probabilities = [0.2] * 200 + [0.8] * 200
+    expected = math.log(0.6 / 0.4) / math.log(0.8 / 0.2)
+    found = intervals.calibration_slope(labels, probabilities, np.arange(400))
+    assert found.value == pytest.approx(expected, abs=1e-9)
+
+
+def drawn(rows: int, seed: int, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and the probabilities they were drawn by with logits divided by `scale`."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(-1.0, 1.5, rows)
+    labels = (generator.random(rows) < 1 / (1 + np.exp(-logits))).astype(int)
+    return labels, 1 / (1 + np.exp(-logits / scale))
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_the_slope_is_what_the_logits_were_divided_by_and_equals_scikit_learn(scale: float) -> None:
+    labels, probabilities = drawn(60_000, 1, scale)
+    found = intervals.calibration_slope(labels, probabilities, np.arange(60_000)).value
+    assert found == pytest.approx(scale, rel=0.03)
+    logits = np.log(probabilities / (1 - probabilities))
+    peer = LogisticRegression(C=np.inf, tol=1e-10).fit(logits[:, None], labels)
+    assert found == pytest.approx(peer.coef_[0, 0], rel=1e-4)
+
+
+@pytest.mark.parametrize("figure", [intervals.calibration_ratio, intervals.calibration_slope])
+def test_intervals_of_calibration_hold_the_truth_as_often_as_they_say(figure) -> None:
+    inside = 0
+    for seed in range(300):
+        labels, probabilities = drawn(600, seed)
+        # each row twice, as of one user: by rows the interval would be too narrow
+        found = figure(np.repeat(labels, 2), np.repeat(probabilities, 2), np.repeat(np.arange(600), 2)).interval(0.95)
+        inside += found.low <= 1.0 <= found.high
+    assert 0.91 <= inside / 300 <= 0.98
+
+
+def test_the_slope_of_labels_that_are_separated_is_large_and_finite() -> None:
+    users = np.arange(4)
+    assert intervals.calibration_slope([0, 0, 1, 1], [0.1, 0.2, 0.7, 0.9], users).value > 5
+    assert np.isfinite(intervals.calibration_slope([0, 0, 1, 1], [0.0, 0.0, 1.0, 1.0], users).value)
+    assert intervals.calibration_slope([0, 1, 1], [0.5, 0.5, 0.5], users[:3]).value == pytest.approx(1.0)

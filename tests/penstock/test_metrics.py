@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import ndcg_score, roc_auc_score, roc_curve
 
@@ -229,31 +228,3 @@ def test_session_ndcg_closed_forms() -> None:
     assert metrics.session_ndcg([0, 1, 0], [5, 5, 5], [7, 7, 7], 3) == pytest.approx(mean)
     with pytest.raises(MetricError, match="no session has a positive"):
         metrics.session_ndcg([0, 0], [1, 2], [1, 1], 3)
-
-
-def test_calibration_ratio_and_slope_closed_forms() -> None:
-    assert metrics.calibration_ratio([0, 1, 0, 1], [0.2, 0.8, 0.2, 0.8]) == pytest.approx(1.0)
-    assert metrics.calibration_ratio([0, 1, 0, 0], [0.5] * 4) == 2.0
-    # two groups of probability .2 and .8 in which .4 and .6 are positive: logit .6 / logit .8
-    labels = [1, 1, 0, 0, 0] * 40 + [1, 1, 1, 0, 0] * 40
-    probabilities = [0.2] * 200 + [0.8] * 200
-    expected = math.log(0.6 / 0.4) / math.log(0.8 / 0.2)
-    assert metrics.calibration_slope(labels, probabilities) == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
-def test_the_slope_is_what_the_logits_were_divided_by_and_equals_scikit_learn(scale: float) -> None:
-    generator = np.random.default_rng(1)
-    logits = generator.normal(-1.0, 1.5, 60_000)
-    labels = (generator.random(60_000) < 1 / (1 + np.exp(-logits))).astype(int)
-    probabilities = 1 / (1 + np.exp(-logits / scale))
-    found = metrics.calibration_slope(labels, probabilities)
-    assert found == pytest.approx(scale, rel=0.03)
-    peer = LogisticRegression(C=np.inf, tol=1e-10).fit((logits / scale)[:, None], labels)
-    assert found == pytest.approx(peer.coef_[0, 0], rel=1e-4)
-
-
-def test_the_slope_of_labels_that_are_separated_is_large_and_finite() -> None:
-    assert metrics.calibration_slope([0, 0, 1, 1], [0.1, 0.2, 0.7, 0.9]) > 5
-    assert np.isfinite(metrics.calibration_slope([0, 0, 1, 1], [0.0, 0.0, 1.0, 1.0]))
-    assert metrics.calibration_slope([0, 1, 1], [0.5, 0.5, 0.5]) == pytest.approx(1.0)

@@ -1,8 +1,8 @@
 """How many gates of the mixture of experts collapse, with gate dropout and without, over twenty seeds.
 
-`make gate-trials` trains on a simulated log, counts the tasks whose gate leaves most experts unused or has next to all
-of its share on one, prints a table and writes build/bench/gates.json; QUICK=1 is a smaller form of it. What was
-measured stays in build/bench/gates.
+`make expert-trials` trains on a simulated log, counts the tasks whose gate leaves most experts unused or has next to
+all of its share on one, prints a table and writes build/bench/experts.json; QUICK=1 is a smaller form of it. What was
+measured stays in build/bench/experts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     print(machine(), flush=True)
-    folder = BUILD / ("gates-quick" if quick else "gates")
+    folder = BUILD / ("experts-quick" if quick else "experts")
     examples = make_examples(folder / "examples", None, SMALL if quick else FEED)
     seeds = range(1, 2) if quick else range(1, 21)
     found = {
