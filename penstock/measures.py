@@ -243,16 +243,16 @@ def _fuse(columns, weights, scores):  # type: ignore[no-untyped-def]
     """
     low, high = np.inf, -np.inf
     for start in range(0, scores.size, 2048):
-        stop = min(start + 2048, scores.size)
-        for i in range(start, stop):
-            scores[i] = 0.0
+        block = scores[start : start + 2048]
+        block[:] = 0.0
         for head in range(weights.size):
             weight = weights[head]
-            column = columns[head]
-            for i in range(start, stop):
-                scores[i] += weight * column[i]
-        for i in range(start, stop):
-            low, high = min(low, scores[i]), max(high, scores[i])
+            column = columns[head, start : start + 2048]
+            for i in range(block.size):
+                block[i] += weight * column[i]
+        for i in range(block.size):
+            low = block[i] if block[i] < low else low  # min and max would ask for NaN, one by one
+            high = block[i] if block[i] > high else high
     return low, high
 
 

@@ -195,10 +195,18 @@ def test_the_reference_itself_keeps_every_constraint_of_nothing() -> None:
     labels, heads = sample(3000)
     constraints = {f"auc_{label}": 0.0 for label in LABELS}
     found = fusion.search(labels, heads, fusion.Config(objective="auc_like", constraints=constraints))
-    assert found.reference.weights == {"click": 1.0, "long_view": 1.0, "like": 1.0}
+    assert found.reference == fusion.Reference("all weights equal", dict.fromkeys(LABELS, 1.0), "weighted_sum")
     equal = found.grid.filter(pl.col("click") == 1, pl.col("long_view") == 1, pl.col("like") == 1)
     assert equal["feasible"].item()
     assert found.value >= equal["objective"].item()
+
+
+def test_where_nothing_is_live_the_reference_has_the_fusion_that_is_searched() -> None:
+    labels, heads = sample()
+    found = fusion.search(labels, heads, fusion.Config("weighted_logits", steps=1))
+    equal = found.grid.filter(pl.col("click") == 1, pl.col("long_view") == 1, pl.col("like") == 1)
+    for name, value in found.reference_measures.items():
+        assert equal[name].item() == pytest.approx(value, abs=1e-12)
 
 
 def test_a_reference_of_another_fusion_is_fused_by_its_own() -> None:
