@@ -37,12 +37,15 @@ body { margin: 0; background: #fff; color: #1d2530; font: 16px/1.5 system-ui, -a
 main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.1rem; font-weight: 600; color: #5a6470; margin: 0 0 .75rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid #d5d9de; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
 p { margin: .5rem 0; max-width: 44rem; }
 .note { color: #5a6470; font-size: .9rem; }
 .verdict { border-left: .4rem solid; padding: .75rem 1rem; font-size: 1.2rem; line-height: 1.4; margin: 0 0 1rem;
   max-width: none; }
 .approved { border-color: #0072B2; background: #eef5fa; }
 .rejected { border-color: #B5420A; background: #fbf1ec; }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: 1rem 0 0; font-size: .9rem; }
+nav a { color: #0072B2; }
 .figures { display: flex; flex-wrap: wrap; gap: .5rem 2.25rem; margin: 0; }
 .figures dt { color: #5a6470; font-size: .85rem; }
 .figures dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
@@ -72,8 +75,9 @@ code { background: #f1f3f5; padding: .1rem .3rem; border-radius: .2rem; font-siz
 }
 @media print {
   body { font-size: 11pt; }
+  nav { display: none; }
   main { max-width: none; padding: 0; }
-  h2 { break-after: avoid; }
+  h2, h3 { break-after: avoid; }
   tr, figure { break-inside: avoid; }
   .panels { grid-template-columns: repeat(3, 1fr); }
   .verdict { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -102,7 +106,19 @@ def document(title: str, body: str) -> str:
 
 def sections(parts: Sequence[tuple[str, str]]) -> str:
     """(title, HTML) one below the other."""
-    return "\n".join(f"<section><h2>{text(title)}</h2>\n{content}</section>" for title, content in parts)
+    return "\n".join(
+        f'<section id="{_anchor(title)}"><h2>{text(title)}</h2>\n{content}</section>' for title, content in parts
+    )
+
+
+def contents(titles: Sequence[str]) -> str:
+    """Links to the sections of these titles; not on paper."""
+    links = " ".join(f'<a href="#{_anchor(title)}">{text(title)}</a>' for title in titles)
+    return f"<nav>{links}</nav>"
+
+
+def _anchor(title: str) -> str:
+    return text(title.lower().replace(" ", "-"))
 
 
 def facts(named: Sequence[tuple[str, str]]) -> str:
@@ -142,15 +158,15 @@ def value(value: object) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def table(names: Sequence[str], rows: Sequence[Sequence[str]], *, marked: bool = False) -> str:
-    """A table, columns of figures set to the right.
+def table(names: Sequence[str], rows: Sequence[Sequence[str]], *, marked: bool = False, figures: bool = True) -> str:
+    """A table, columns of figures set to the right; without `figures` there are none.
 
     With `marked` the first column is HTML, and says all that the others do: a phone shows it alone.
     """
     kinds = ["first"]
     for column in range(1, len(names)):
-        figures = all(not row[column] or row[column][0] in "0123456789+-–" for row in rows)
-        kinds.append(" ".join(["number"] * figures + ["detail"] * marked))
+        right = figures and all(not row[column] or row[column][0] in "0123456789+-–" for row in rows)
+        kinds.append(" ".join(["number"] * right + ["detail"] * marked))
     head = "".join(f'<th class="{kind}">{text(name)}</th>' for name, kind in zip(names, kinds, strict=True))
     lines = []
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,14 @@ from matplotlib.ticker import MaxNLocator
 
 from penstock import fusion, metrics, page
 from penstock.events import LABELS
+from penstock.gate import RECALL, REHEARSED, measure_in_words
 from penstock.metrics import Array, Integers, MetricError
+from penstock.policy import RECALL_MEASURES
+from penstock.policy import Config as Policy
+
+NOT_COMPUTED = "Not computed: the candidate was rejected before any figure could mean something."
+ENDS = {"value": "", "low": "_low", "high": "_high"}
+"""The parts of a difference, by how their names end in a verdict."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,8 @@ def _figures(material: _Material) -> dict[str, float]:
     found = {"approved": float(verdict["approved"]), "fused/validation": material.weights["validation"]}
     parts = {
         "fused": verdict["fused"],
+        "primary": verdict["primary"],
+        "recall_of": verdict["recall"],
         "head": verdict["heads"],
         "slice": {one["name"].replace(" ", "_"): {"auc": one["auc"]} for one in verdict["slices"]},
         **material.figures,
@@ -134,37 +144,41 @@ def _page(material: _Material) -> str:
     verdict = material.verdict
     kind = "approved" if verdict["approved"] else "rejected"
     sections = [
+        ("Primary figure", _primary(verdict)),
         ("Checks", _checks(verdict)),
         ("AUC of each head", _heads(material)),
         ("ROC and calibration", _curves(material)),
         ("Output weights", _weights(material)),
         ("Recall", _recall(material)),
         ("Slices", _slices(verdict)),
+        ("Rehearsal", _rehearsal(verdict)),
         ("What changed since the champion", _changes(material)),
+        ("How to roll back", _roll_back(verdict)),
         ("Training", _training(material)),
         ("Data and parameters", _data(material)),
-        ("How to roll back", _roll_back(verdict)),
+        ("Policy of the gate", _policy(verdict)),
     ]
     return page.document(
         f"Penstock: candidate {kind}",
         f"""<h1>Penstock candidate report</h1>
 <p class="verdict {kind}">{page.text(verdict["sentence"])}</p>
 {_summary(material)}
+{page.contents([title for title, _ in sections])}
 {page.sections(sections)}""",
     )
 
 
 def _summary(material: _Material) -> str:
     verdict = material.verdict
-    fused = verdict["fused"]
+    primary = verdict["primary"]
     passed = sum(check["passed"] for check in verdict["checks"])
     facts = [("Checks passed", f"{passed} of {len(verdict['checks'])}")]
-    if fused:
-        facts.append(("Fused AUC, candidate", page.number(fused["candidate"]["value"])))
+    if primary:
+        measure, difference = _measure(primary["measure"]), primary["difference"]
         facts += [
-            (f"Fused AUC, {_whose(name, verdict)}", page.number(one["value"]))
-            for name, one in fused.items()
-            if name != "candidate"
+            (f"{measure}, candidate", page.number(primary["candidate"])),
+            (f"{measure}, {_whose(primary['opponent'], verdict)}", page.number(primary["opponent_value"])),
+            ("Difference", f"{difference['value']:+.4f}"),
         ]
     facts.append(("Test rows", f"{verdict['rows']:,}"))
     facts.append(("Users", f"{verdict['users']:,}"))
@@ -175,21 +189,70 @@ def _whose(name: str, verdict: Mapping[str, Any]) -> str:
     return f"champion {verdict['champion']}" if name == "champion" else name
 
 
+def _measure(name: str) -> str:
+    words = measure_in_words(name)
+    return words[0].upper() + words[1:]
+
+
 def _checks(verdict: Mapping[str, Any]) -> str:
+    note = (
+        "Failed checks come first. An interval must lie above its bound; harm and bad calibration are shown only by an "
+        "interval that lies wholly on the wrong side."
+    )
+    if not verdict["approved"]:
+        note += " A rejected candidate is released only if a named person forces it, with a reason."
+    return _listed(verdict["checks"]) + page.note(note)
+
+
+def _listed(checks: Sequence[Mapping[str, Any]]) -> str:
     rows = []
-    for check in sorted(verdict["checks"], key=lambda check: bool(check["passed"])):
+    for check in sorted(checks, key=lambda check: bool(check["passed"])):
         mark = '<span class="pass">✓ pass</span>' if check["passed"] else '<span class="fail">✗ fail</span>'
         name = f'{mark} <b>{page.text(check["name"])}</b><span class="reason">{page.text(check["reason"])}</span>'
         interval = page.interval(check["low"], check["high"])
-        rows.append([name, page.number(check["value"]), interval, page.number(check["bound"])])
-    note = "Failed checks come first. An interval must lie above its bound, except that harm needs all of it below."
-    return page.table(["Check", "Value", "Interval", "Bound"], rows, marked=True) + page.note(note)
+        rows.append([name, _figure(check["value"]), interval, _figure(check["bound"])])
+    return page.table(["Check", "Value", "Interval", "Bound"], rows, marked=True)
+
+
+def _figure(value: float | None) -> str:
+    """A count in full, what four decimals would make nothing of by its first digit."""
+    if value is not None and (value == int(value) or 0 < abs(value) < 5e-5):
+        return f"{value:,.0f}" if value == int(value) else f"{value:.0e}"
+    return page.number(value)
+
+
+def _primary(verdict: Mapping[str, Any]) -> str:
+    found = verdict["primary"]
+    if not found:
+        return page.note(NOT_COMPUTED)
+    whose = _whose(found["opponent"], verdict).capitalize()
+    difference = found["difference"]
+    names = ["Of the fused score", "Candidate", whose, "Difference", "Interval of it", "p-value"]
+    row = [
+        _measure(found["measure"]),
+        page.number(found["candidate"]),
+        page.number(found["opponent_value"]),
+        f"{difference['value']:+.4f}",
+        page.interval(difference["low"], difference["high"], "+.4f"),
+        "–" if found["p_value"] is None else f"{found['p_value']:.2g}",
+    ]
+    drawn = found["measure"].startswith(("gauc", "ndcg"))
+    how = (
+        f"users drawn again with all of their rows, {verdict['policy']['replicates']:,} times, which gives no p-value"
+        if drawn
+        else "DeLong's variance with users as clusters; the p-value is of no difference, two-sided"
+    )
+    note = (
+        f"The figure that the policy decides by, both on the same {verdict['rows']:,} rows of {verdict['users']:,} "
+        f"users. The interval holds {verdict['policy']['confidence']:.0%}: {how}."
+    )
+    return page.table(names, [row]) + page.note(note)
 
 
 def _heads(material: _Material) -> str:
     verdict = material.verdict
     if not verdict["heads"]:
-        return page.note("Not computed: the candidate was rejected before any figure could mean something.")
+        return page.note(NOT_COMPUTED)
     rows = []
     for label, head in verdict["heads"].items():
         against = "" if head["difference"] is None else f"{head['difference']:+.4f}"
@@ -210,8 +273,8 @@ def _heads(material: _Material) -> str:
         [f"fused score on {label}", *(page.number(one[label]) for one in fused.values())] for label in (*LABELS,)
     ] + [["mean", *(page.number(one["value"]) for one in fused.values())]]
     note = (
-        f"Intervals hold {verdict['policy']['confidence']:.0%}: DeLong's for one AUC; for differences a bootstrap of "
-        f"whole users ({verdict['policy']['replicates']} draws)."
+        f"Intervals hold {verdict['policy']['confidence']:.0%}, by DeLong's variance with users as clusters: rows of "
+        "one user are not independent."
     )
     return (
         page.figure(_forest(verdict), "AUC of each head with its interval")
@@ -231,7 +294,7 @@ def _forest(verdict: Mapping[str, Any]) -> Figure:
     own = fused["candidate"]
     champion = fused.get("champion", {}).get("value")
     entries.append(("fused, mean", own["value"], own["low"], own["high"], champion, fused["popularity"]["value"]))
-    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+    figure = Figure(figsize=(4.2, 2.3), layout="constrained")
     axes = figure.subplots()
     for place, (_, value, low, high, theirs, popularity) in enumerate(reversed(entries)):
         axes.plot([low, high], [place, place], color=page.CANDIDATE, linewidth=2.5, solid_capstyle="butt")
@@ -276,7 +339,27 @@ def _curves(material: _Material) -> str:
         "ROC: share of positives found against share of negatives let through, each head on its own label. "
         "Calibration: rows in bins of equal count; on the diagonal, what is predicted happens."
     )
-    return f'<div class="panels">{"".join(panels)}</div>' + page.note(note)
+    return f'<div class="panels">{"".join(panels)}</div>' + page.note(note) + _calibrated(material.verdict)
+
+
+def _calibrated(verdict: Mapping[str, Any]) -> str:
+    """What each head predicts over what happened, and the slope, with what the policy allows."""
+    if not verdict["heads"]:
+        return ""
+    rows = []
+    for label, head in verdict["heads"].items():
+        row = [f"{label} head"]
+        for name in ("calibration_ratio", "calibration_slope"):
+            row += [f"{head[name]:.3f}", page.interval(head[f"{name}_low"], head[f"{name}_high"], ".3f")]
+        rows.append(row)
+    bounds = [verdict["policy"][f"calibration_{name}"] for name in ("ratio", "slope")]
+    rows.append(["allowed", *(cell for bound in bounds for cell in ("", page.interval(1 / bound, bound, ".3f")))])
+    note = (
+        "1 is right in both. The ratio is above 1 where the head promises too much; the slope, of the label's log-odds "
+        "over the predicted ones, is below 1 where it is too sure of itself."
+    )
+    names = ["Calibration", "Predicted over happened", "Interval", "Slope", "Interval of it"]
+    return page.table(names, rows) + page.note(note)
 
 
 def _scorers(material: _Material, label: str) -> list[tuple[str, str, str, Array]]:
@@ -487,7 +570,51 @@ def _simplex(material: _Material) -> Figure:
     return figure
 
 
+def _dots(entries: Sequence[tuple[str, Mapping[str, Any], str]], across: str, line: float | None = None) -> Figure:
+    """Figures below one another, each (name, its value, low and high, colour) with its interval as a line."""
+    figure = Figure(figsize=(4.2, 0.75 + 0.3 * len(entries)), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, found, colour) in enumerate(reversed(entries)):
+        axes.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
+        axes.plot(found["value"], place, "o", color=colour, markersize=6)
+    if line is not None:
+        axes.axvline(line, color=page.FAINT, zorder=0)
+    axes.set_yticks(range(len(entries)), [name for name, *_ in reversed(entries)])
+    axes.set_ylim(-0.6, len(entries) - 0.4)
+    axes.set_xlabel(across)
+    return figure
+
+
 def _recall(material: _Material) -> str:
+    return _recall_judged(material.verdict) + _recall_alone(material)
+
+
+def _recall_judged(verdict: Mapping[str, Any]) -> str:
+    """The recall model beside the champion's and the baselines, on the same users."""
+    if not verdict["recall"]:
+        return page.note(NOT_COMPUTED)
+    called = {"popularity": "most popular", "item_item_cf": "item-item CF"}
+    colours = {"candidate": page.CANDIDATE, "champion": page.CHAMPION}
+    entries, rows = [], []
+    for name in sorted(verdict["recall"], key=["candidate", "champion", *called].index):
+        found = verdict["recall"][name]
+        words = called.get(name, _whose(name, verdict))
+        entries.append((words, {**found, "value": found[RECALL]}, colours.get(name, page.POPULARITY)))
+        others = [page.number(found[measure]) for measure in RECALL_MEASURES if measure != RECALL]
+        rows.append([words, page.number(found[RECALL]), page.interval(found["low"], found["high"]), *others])
+    names = ["Who recommends", RECALL, "Interval", *(_words(name) for name in RECALL_MEASURES if name != RECALL)]
+    note = (
+        f"For the same users of the test slice. Intervals hold {verdict['policy']['confidence']:.0%}: users drawn "
+        f"again, {verdict['policy']['replicates']:,} times."
+    )
+    return (
+        page.figure(_dots(entries, f"{RECALL}, with its interval"), "recall of candidate, champion and baselines")
+        + page.table(names, rows)
+        + page.note(note)
+    )
+
+
+def _recall_alone(material: _Material) -> str:
     figures = material.figures["recall"]
     popular = figures.get("popularity", {})
     rows = [
@@ -514,7 +641,7 @@ def _ratio(value: float, other: float | None) -> str:
 
 def _slices(verdict: Mapping[str, Any]) -> str:
     if not verdict["slices"]:
-        return page.note("Not computed.")
+        return page.note(NOT_COMPUTED)
     rows = [
         [
             one["name"],
@@ -531,9 +658,29 @@ def _slices(verdict: Mapping[str, Any]) -> str:
     names = ["Slice", "Rows", "Candidate", "Interval", "Champion", "Difference", "Interval of it", "Labels"]
     note = (
         "The mean AUC of the fused score over the labels with enough cases in the slice; – where there are too few "
-        "rows or cases. New: not in the training slice."
+        "rows or cases. New: not in the training slice. Tail items: the half with the fewest long views."
     )
-    return page.table(names, rows) + page.note(note)
+    compared = [
+        (one["name"], {key: one[f"difference{end}"] for key, end in ENDS.items()}, page.CANDIDATE)
+        for one in verdict["slices"]
+        if one["difference"] is not None
+    ]
+    picture = ""
+    if compared:
+        across = f"difference of the fused AUC to champion {verdict['champion']}'s"
+        picture = page.figure(_dots(compared, across, line=0.0), "difference to the champion by slice")
+    return picture + page.table(names, rows) + page.note(note)
+
+
+def _rehearsal(verdict: Mapping[str, Any]) -> str:
+    checks = [check for check in verdict["checks"] if check["name"] in REHEARSED]
+    if not checks:
+        return page.note("Not computed: the evidence could not be gathered.")
+    note = (
+        "A model server of its own was started with the candidate, and asked with rows of the log as the gateway asks; "
+        "what it answered is held against what the trained models say of the same rows."
+    )
+    return _listed(checks) + page.note(note)
 
 
 def _changes(material: _Material) -> str:
@@ -542,30 +689,66 @@ def _changes(material: _Material) -> str:
         return "<p>There is no champion: this would be the first release.</p>"
     if not before:
         return "<p>Not known: champion and candidate could not be compared; see the checks.</p>"
-    old = dict(_flat({name: before.get(name, {}) for name in ("recall", "rank")}))
-    old |= dict(_flat({"weight": before.get("weights", {}), "window": before.get("data_window") or {}}))
-    new = dict(_flat(material.models))
-    new |= dict(_flat({"weight": material.weights["weights"], "window": material.window}))
-    rows = [
-        [name, page.value(old.get(name)), page.value(new.get(name))]
-        for name in [*new, *(name for name in old if name not in new)]
-        if old.get(name) != new.get(name)
-    ]
-    changed = "<p>Nothing: parameters, weights and data window are those of the champion.</p>"
-    if rows:
-        changed = page.table(["Parameter", f"Champion {before['release']}", "Candidate"], rows)
+    old, new = before.get("data_window") or {}, material.window
+    parts = [("Data", _differences(old, new, before["release"]), "the candidate saw the window that the champion saw.")]
+    old = {name: before.get(name, {}) for name in ("recall", "rank")}
+    old |= {"weight": before.get("weights", {}), "fusion": before.get("fusion")}
+    new = {**material.models, "weight": material.weights["weights"], "fusion": material.weights["fusion"]}
+    parts.append(
+        ("Parameters", _differences(old, new, before["release"]), "parameters and weights are the champion's.")
+    )
+    parts.append(("Features", _features(material, before), "both models read what the champion's read."))
+    changed = "".join(
+        f"<h3>{title}</h3>{table or f'<p>No change: {otherwise}</p>'}" for title, table, otherwise in parts
+    )
     then = before.get("metrics", {}).get("recall", {})
     now = material.figures["recall"]["test"]
     figures = [[name, page.number(then[name]), page.number(now[name])] for name in now if name in then]
     measured = ""
     if figures:
         note = "Each on the test slice of its own time, so not the same rows; the AUCs above are on the same rows."
-        measured = page.table(["Figure", f"Champion {before['release']}", "Candidate"], figures) + page.note(note)
+        measured = "<h3>Recall, each in its own time</h3>"
+        measured += page.table(["Figure", f"Champion {before['release']}", "Candidate"], figures) + page.note(note)
     when, by = before.get("created_at", "at an unknown time"), before.get("approved_by", "nobody named")
     who = (
         f"<p>Champion {before['release']} was released {page.text(page.value(when))}, approved by {page.text(by)}.</p>"
     )
+    if forced := before.get("forced"):
+        who += (
+            f'<p class="verdict rejected">The champion was forced against the gate by {page.text(forced["by"])}: '
+            f"“{page.text(forced['reason'])}”. The gate had said: {page.text(forced['verdict'])}</p>"
+        )
     return who + changed + measured
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], champion: int) -> str:
+    """A table of what is not the same in both; empty if all is."""
+    old, new = (dict(_flat(_short(document))) for document in (before, now))
+    rows = [
+        [name, page.value(old.get(name)), page.value(new.get(name))]
+        for name in [*new, *(name for name in old if name not in new)]
+        if old.get(name) != new.get(name)
+    ]
+    return page.table(["What", f"Champion {champion}", "Candidate"], rows, figures=False) if rows else ""
+
+
+def _short(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests by their first letters: whole ones are for machines."""
+    digests = {"digests": {name: digest[:12] for name, digest in document.get("digests", {}).items()}}
+    return {**document, **(digests if "digests" in document else {})}
+
+
+def _features(material: _Material, before: Mapping[str, Any]) -> str:
+    """Inputs that either model reads now and did not before, and the reverse; empty if there are none."""
+    former = before.get("inputs")
+    if former is None:
+        return page.note("Not known: the champion's manifest does not name what its models read.")
+    rows = []
+    for name in material.models:
+        now, then = set(material.figures[name]["inputs"]), set(former[name])
+        if now != then:
+            rows.append([f"{name} model", ", ".join(sorted(now - then)) or "–", ", ".join(sorted(then - now)) or "–"])
+    return page.table(["Who", "Reads, the champion did not", "No longer reads"], rows) if rows else ""
 
 
 def _training(material: _Material) -> str:
@@ -622,14 +805,38 @@ def _gates(gates: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 
 def _data(material: _Material) -> str:
-    window = [[name.replace("_", " "), page.value(value)] for name, value in _flat(material.window)]
+    window = [[name.replace("_", " "), page.value(value)] for name, value in _flat(_short(material.window))]
     parameters = [[name, page.value(value)] for name, value in _flat(material.models)]
-    policy = [[name.replace("_", " "), page.value(value)] for name, value in material.verdict["policy"].items()]
-    return (
-        page.table(["Data window", "Value"], window)
-        + page.table(["Parameter", "Value"], parameters)
-        + page.table(["Policy of the gate", "Value"], policy)
+    inputs = "".join(
+        f"<p>The {name} model reads {page.text(', '.join(material.figures[name]['inputs']))}.</p>"
+        for name in material.models
     )
+    return (
+        page.table(["Data window", "Value"], window, figures=False)
+        + page.table(["Parameter", "Value"], parameters, figures=False)
+        + inputs
+    )
+
+
+def _policy(verdict: Mapping[str, Any]) -> str:
+    """Every threshold, those that are not the default first."""
+    default = dict(_flat(json.loads(json.dumps(dataclasses.asdict(Policy())))))
+    used = dict(_flat(verdict["policy"]))
+    rows = []
+    for name in [*used, *(name for name in default if name not in used)]:
+        value, usual = (page.value(_plain(one.get(name))) for one in (used, default))
+        words, differs = name.replace("_", " "), used.get(name) != default.get(name)
+        rows.append([f"≠ {words}", value, f"default {usual}"] if differs else [words, value, ""])
+    rows.sort(key=lambda row: not row[2])
+    changed = sum(bool(row[2]) for row in rows)
+    note = "Every threshold is the default."
+    if changed:
+        note = f"Thresholds that are not the default come first, with ≠: {changed} of {len(rows)}."
+    return page.note(note) + page.table(["Threshold", "Here", "Default"], rows, figures=False)
+
+
+def _plain(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _roll_back(verdict: Mapping[str, Any]) -> str:
@@ -639,7 +846,9 @@ def _roll_back(verdict: Mapping[str, Any]) -> str:
     return (
         "<p>After a promotion, <code>airflow dags trigger rollback</code> brings the former "
         f"release back{former}: recall model, item index, rank model and weights at once. "
-        "Nothing is retrained; the release is still on disk.</p>"
+        "Nothing is retrained; the release is still on disk. Without Airflow, "
+        "<code>python -m serving.rollout rollback --by NAME --reason WHY</code> does the same. "
+        "While it is a canary, turning down its promotion is enough.</p>"
     )
 
 

@@ -188,20 +188,31 @@ def test_a_candidate_held_against_another_champion_is_not_released(airflow: Airf
     assert "was held against release None, but 1 is live now" in failure(airflow, "release", "stale")
 
 
+def test_nothing_is_forced_that_was_not_turned_down(airflow: Airflow, told: str) -> None:
+    airflow.trigger("release", "nothing", {"force_reason": "the test asks for it"})
+    assert "there is nothing to force" in failure(airflow, "release", "nothing")
+
+
 def test_a_second_training_is_held_against_the_champion(airflow: Airflow, place: Place, demo: Demo) -> None:
-    """By hand, on the same examples: turned down by the gate, or canaried, promoted and rolled back."""
+    """By hand, on the same examples: canaried, promoted and rolled back; forced, if the gate turns it down."""
     airflow.trigger("train", "again", {"seed": 2})
     demo.follow(airflow, "train", "again")
     judged = airflow.xcom("train", "again", "report")
     verdict = json.loads((Path(judged["verdict"]) / "verdict.json").read_text())
     assert verdict["champion"] == 1
     assert airflow.state("train", "again", "publish") == ("success" if verdict["approved"] else "skipped")
-    if not verdict["approved"]:
+    assert airflow.state("train", "again", "set_aside") == ("skipped" if verdict["approved"] else "success")
+    if verdict["approved"]:
+        released = demo.triggered(airflow, "release", "again")
+        forced = None
+    else:
         assert live(place).champion == 1
-        return
-    released = demo.triggered(airflow, "release", "again")
+        released = "forced"
+        airflow.trigger("release", released, {"force_reason": "the test asks for it"})
+        forced = {"by": "admin", "reason": "the test asks for it", "verdict": verdict["sentence"]}
     promoted = demo.release(airflow, released)
     replayed = airflow.xcom("release", released, "replay")["sentence"]
+    assert json.loads((place.home / "releases" / "2" / "manifest.json").read_text())["forced"] == forced
     assert "logged requests and" in replayed
     assert "(100 %; goal 99.99 %)" in replayed
     assert live(place).champion == (2 if promoted else 1)

@@ -122,7 +122,10 @@ def write_candidate(root: Path, *, rows: int = 5000, noise: float = 0.3, seed: i
     popular = {"recall@50": 0.22, "recall@200": 0.41, "ndcg@50": 0.12}
     both = {"validation": popular, "test": popular}
     baselines = {"popularity": both, "item_item_cf": both}
-    _write(found.recall / "metrics.json", {"validation": figures, "test": figures, **baselines})
+    _write(
+        found.recall / "metrics.json",
+        {"inputs": ["user_id", "hour"], "validation": figures, "test": figures, **baselines},
+    )
     answered = {"requests": 300, "finite": True, "largest_difference": 2e-7, "p50_ms": 9.0, "p99_ms": 14.0}
     _write(found.rehearsal / "rehearsal.json", answered | {"error": None})
     pl.DataFrame({"item_id": np.arange(1000), "vector": np.zeros((1000, 2), np.float32)}).write_parquet(
@@ -136,6 +139,7 @@ def write_candidate(root: Path, *, rows: int = 5000, noise: float = 0.3, seed: i
         _write(folder / "window.json", window)
     gates = {label: {"mean": [0.5, 0.3, 0.2], "low": [0.3, 0.1, 0.1], "high": [0.7, 0.5, 0.3]} for label in LABELS}
     rank_figures = {"validation": {"auc_click": 0.7}, "test": {"auc_click": 0.7}, "gates": gates}
+    rank_figures["inputs"] = ["item_id", "device"]
     _write(found.rank / "metrics.json", rank_figures)
     for folder, losses in ((found.recall, (5.0, 4.1, 3.9)), (found.rank, (1.2, 1.0, 0.97))):
         history = [{"epoch": at + 1, "loss": loss, "val_loss": loss + 0.05} for at, loss in enumerate(losses)]
@@ -190,6 +194,7 @@ def write_release(path: Path, number: int, weights: dict[str, float] | None = No
         "weights": weights,
         "recall": {"model": "youtube_dnn", "config": {"dim": 16}, "seed": 1},
         "rank": {"model": "mmoe", "config": {"experts": 4, "settings": {"epochs": 1}}, "seed": 1},
+        "inputs": {"recall": ["user_id", "hour"], "rank": ["item_id", "position"]},
         "metrics": {"recall": {"recall@50": 0.3}, "rank": {"auc_click": 0.69}},
         "files": {"rank/saved_model.pb": "…"},
     }

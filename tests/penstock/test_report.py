@@ -47,7 +47,8 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text.append(data)
+        if "nav" not in self.open:  # the titles once more
+            self.text.append(data)
 
     @property
     def words(self) -> str:
@@ -70,9 +71,9 @@ def champion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_release(tmp_path_factory.mktemp("releases") / "7", 7)
 
 
-def reported(candidate: Artifacts, champion: Path | None = None) -> tuple[Page, report.Record, dict]:
+def reported(candidate: Artifacts, champion: Path | None = None, **policy: object) -> tuple[Page, report.Record, dict]:
     paths = (candidate.examples, candidate.recall, candidate.rank, candidate.weights, candidate.rehearsal)
-    gate.judge_candidate(*paths, str(champion or ""), candidate.verdict, {"replicates": 100})
+    gate.judge_candidate(*paths, str(champion or ""), candidate.verdict, {"replicates": 100} | policy)
     out = candidate.root / "report.html"
     record = report.write_report(*paths[:4], candidate.verdict, out)
     page = Page(out.read_text())
@@ -82,8 +83,16 @@ def reported(candidate: Artifacts, champion: Path | None = None) -> tuple[Page, 
     return page, record, json.loads((candidate.verdict / "verdict.json").read_text())
 
 
-def test_a_report_says_what_the_verdict_found(candidate: Artifacts, champion: Path) -> None:
-    page, _, verdict = reported(candidate, champion)
+@pytest.fixture(scope="session")
+def shown(good: Path, champion: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, report.Record, dict]:
+    """The report on a good candidate, to read only."""
+    root = tmp_path_factory.mktemp("shown") / "candidate"
+    shutil.copytree(good, root)
+    return reported(Artifacts(root), champion)
+
+
+def test_a_report_says_what_the_verdict_found(shown: tuple[Page, report.Record, dict]) -> None:
+    page, _, verdict = shown
     assert verdict["approved"]
     assert verdict["sentence"] in page.words
     for check in verdict["checks"]:
@@ -95,21 +104,77 @@ def test_a_report_says_what_the_verdict_found(candidate: Artifacts, champion: Pa
         assert f"{head['difference_low']:+.4f} to {head['difference_high']:+.4f}" in page.words
     for one in verdict["slices"]:
         assert one["name"] in page.words
-    # intervals, three ROC and three calibration curves, three fronts and the grid, two training curves and the gates
-    assert page.pictures == 1 + 3 + 3 + 3 + 1 + 3
+    # AUCs, three ROC and three calibration curves, three fronts and the grid, recall, slices, training and the gates
+    assert page.pictures == 1 + 3 + 3 + 3 + 1 + 1 + 1 + 3
     assert "rollback" in page.words
     assert "release back (7)" in page.words
 
 
-def test_what_changed_since_the_champion_is_what_differs(candidate: Artifacts, champion: Path) -> None:
-    page, _, _ = reported(candidate, champion)
-    changed = page.words.split("What changed since the champion")[1].split("Training")[0]
+def test_what_changed_since_the_champion_is_what_differs(shown: tuple[Page, report.Record, dict]) -> None:
+    page, _, _ = shown
+    changed = page.words.split("What changed since the champion")[1].split("How to roll back")[0]
     assert "approved by reviewer" in changed
     assert "recall.config.dim 16 32" in changed
     assert "rank.config.settings.epochs 1 2" in changed
     assert "rank.config.experts" not in changed
-    assert "window.rows.train 4,000 3,000" in changed
+    assert "rows.train 4,000 3,000" in changed
+    assert "rank model device position" in changed
+    assert "recall model" not in changed  # it reads what it read
+    assert "forced" not in changed
     assert "recall@50 0.3000 0.3100" in changed
+
+
+def test_a_champion_that_was_forced_says_so(candidate: Artifacts, champion: Path, tmp_path: Path) -> None:
+    forced = {"by": "ana", "reason": "the <audit> asks for it", "verdict": "Rejected: it is worse."}
+    live = shutil.copytree(champion, tmp_path / "7")
+    manifest = json.loads((live / "manifest.json").read_text())
+    manifest = {name: value for name, value in manifest.items() if name != "inputs"} | {"forced": forced}
+    (live / "manifest.json").write_text(json.dumps(manifest))
+    page, _, _ = reported(candidate, live)
+    said = (
+        "The champion was forced against the gate by ana: “the <audit> asks for it”. The gate had said: Rejected: it is"
+    )
+    assert said in page.words
+    assert "the champion's manifest does not name what its models read" in page.words
+
+
+def test_the_primary_figure_stands_with_interval_and_p_value(shown: tuple[Page, report.Record, dict]) -> None:
+    page, _, verdict = shown
+    found = verdict["primary"]
+    ends = found["difference"]
+    told = (
+        f"Mean AUC {found['candidate']:.4f} {found['opponent_value']:.4f} {ends['value']:+.4f} "
+        f"{ends['low']:+.4f} to {ends['high']:+.4f} {found['p_value']:.2g}"
+    )
+    assert told in page.words.split("Primary figure")[1].split("Checks")[0]
+
+
+def test_another_policy_shows_as_one(candidate: Artifacts, champion: Path) -> None:
+    page, _, verdict = reported(candidate, champion, primary="gauc_click", margin=0.001)
+    primary = page.words.split("Primary figure")[1].split("Checks")[0]
+    assert f"GAUC of click {verdict['primary']['candidate']:.4f}" in primary
+    assert "users drawn again with all of their rows, 100 times, which gives no p-value" in primary
+    policy = page.words.split("Policy of the gate")[1]
+    assert "with ≠: 3 of " in policy
+    changed = "≠ replicates 100 default 500 ≠ primary gauc_click default mean_auc ≠ margin 0.001 default 0.0"
+    assert f"{changed} confidence 0.95 seed" in policy
+
+
+def test_recall_calibration_and_rehearsal_are_told(shown: tuple[Page, report.Record, dict]) -> None:
+    page, record, verdict = shown
+    recall = page.words.split("Who recommends")[1].split("Slices")[0]
+    for name, words in (("candidate", "candidate"), ("champion", "champion 7"), ("item_item_cf", "item-item CF")):
+        found = verdict["recall"][name]
+        assert f"{words} {found['recall@50']:.4f} {found['low']:.4f} to {found['high']:.4f}" in recall
+    for label, head in verdict["heads"].items():
+        ends = f"{head['calibration_slope_low']:.3f} to {head['calibration_slope_high']:.3f}"
+        assert f"{head['calibration_slope']:.3f} {ends}" in page.words, label
+    rehearsal = page.words.split("Rehearsal")[1].split("What changed")[0]
+    for name in gate.REHEARSED:
+        assert f"✓ pass {name}" in rehearsal
+    assert "2e-07" in rehearsal
+    assert record.metrics["primary/difference/value"] == verdict["primary"]["difference"]["value"]
+    assert record.metrics["recall_of/champion/recall@50"] == verdict["recall"]["champion"]["recall@50"]
 
 
 def test_the_weights_are_told_with_their_optimism_the_reference_and_the_front(
@@ -138,7 +203,7 @@ def test_the_weights_are_told_with_their_optimism_the_reference_and_the_front(
 def test_weights_below_nought_have_no_triangle_and_any_grid_a_page_of_some_size(candidate: Artifacts) -> None:
     fusion.search_predictions(candidate.rank, candidate.weights, fusion.Config(grid="signed", steps=8))
     page, _, _ = reported(candidate)
-    assert page.pictures == 1 + 3 + 3 + 3 + 3
+    assert page.pictures == 1 + 3 + 3 + 3 + 1 + 3
     assert "All weights equal is click 1, long_view 1, like 1" in page.words
     assert (candidate.root / "report.html").stat().st_size < 1_500_000
 
@@ -168,8 +233,8 @@ def test_a_rejected_candidate_is_reported_as_far_as_it_goes(candidate: Artifacts
         assert "like: 3000 of 3000 scores are NaN or infinite" in page.words
 
 
-def test_the_record_holds_parameters_and_finite_figures(candidate: Artifacts, champion: Path) -> None:
-    _, record, verdict = reported(candidate, champion)
+def test_the_record_holds_parameters_and_finite_figures(shown: tuple[Page, report.Record, dict]) -> None:
+    _, record, verdict = shown
     assert record.params["rank.model"] == "mmoe"
     assert record.params["recall.config.dim"] == 32
     assert record.params["champion"] == 7
