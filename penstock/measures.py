@@ -37,13 +37,15 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 class _Workspace(NamedTuple):
-    """What one evaluation writes to; `scores`, `bucket`, `ordered` and `ordered_codes` are [rows]."""
+    """What one evaluation writes to: of each row up to `ordered_codes`, then of each bucket."""
 
     scores: Array
     bucket: npt.NDArray[np.int32]
     ordered: Array
     ordered_codes: npt.NDArray[np.uint8]
-    ends: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int32]
+    cursors: npt.NDArray[np.int32]
+    asked: npt.NDArray[np.bool_]
 
 
 class _Rows(NamedTuple):
@@ -224,6 +226,8 @@ def _workspace(rows: int) -> _Workspace:
         np.empty(rows),
         np.empty(rows, np.uint8),
         np.empty(buckets + 1, np.int32),
+        np.empty(buckets + 1, np.int32),
+        np.empty(buckets, bool),
     )
 
 
@@ -302,10 +306,13 @@ def _add_ranks(scores, codes, start, stop, before, sums):  # type: ignore[no-unt
 
 
 @_compiled
-def _rank_sums(scores, low, high, codes, kinds, bucket, ordered, ordered_codes, ends):  # type: ignore[no-untyped-def]
-    """Twice the sum of the midranks of the rows of each code; scores lie from `low` to `high`. [kinds]"""
+def _rank_sums(scores, low, high, codes, kinds, bucket, ordered, ordered_codes, starts, cursors, asked):  # type: ignore[no-untyped-def]
+    """Twice the sum of the midranks of the rows of each code but 0; scores lie from `low` to `high`. [kinds]
+
+    Rows of code 0 have no label, and nobody asks for their ranks: buckets of these alone are counted and left.
+    """
     rows = scores.size
-    buckets = ends.size - 1
+    buckets = starts.size - 1
     scale = (_CELLS - 1) / (high - low) if high > low else 0.0
     if not np.isfinite(scale):
         scale = 0.0
@@ -319,28 +326,31 @@ def _rank_sums(scores, low, high, codes, kinds, bucket, ordered, ordered_codes, 
     for cell in range(_CELLS):
         under += share[cell]
         edges[cell + 1] = min(float(buckets - 1), np.floor(under / total * (buckets - 1)))
-    ends[:] = 0
+    starts[:] = 0
+    asked[:] = False
     for i in range(rows):
         place = (scores[i] - low) * scale
         cell = int(place)
         mine = int(edges[cell] + (place - cell) * (edges[cell + 1] - edges[cell]))
         bucket[i] = mine
-        ends[mine + 1] += 1
-    for at in range(1, ends.size):
-        ends[at] += ends[at - 1]
+        starts[mine + 1] += 1
+        if codes[i]:
+            asked[mine] = True
+    for at in range(1, starts.size):
+        starts[at] += starts[at - 1]
+    cursors[:] = starts
     for i in range(rows):
-        to = ends[bucket[i]]
-        ends[bucket[i]] = to + 1
-        ordered[to] = scores[i]
-        ordered_codes[to] = codes[i]
-    # each start has moved to the end of its bucket
+        mine = bucket[i]
+        if asked[mine]:
+            to = cursors[mine]
+            cursors[mine] = to + 1
+            ordered[to] = scores[i]
+            ordered_codes[to] = codes[i]
     sums = np.zeros(kinds, np.int64)
-    start = np.int64(0)
     for at in range(buckets):
-        stop = np.int64(ends[at])
-        if stop > start:
-            _add_ranks(ordered, ordered_codes, start, stop, start, sums)
-        start = stop
+        if asked[at]:
+            start = np.int64(starts[at])
+            _add_ranks(ordered, ordered_codes, start, np.int64(starts[at + 1]), start, sums)
     return sums
 
 
