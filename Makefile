@@ -115,6 +115,10 @@ bench-weights: $(READY)
 expert-trials: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.experts $(if $(QUICK),--quick)
 
+# Bad candidates of every kind, the same model under other seeds, and true improvements before the gate, in an hour.
+gate-trials: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.gate_trials $(if $(QUICK),--quick)
+
 # Every rank model beside gradient-boosted trees, 5 seeds each, in about three hours; QUICK=1 is a smaller form.
 bench-rank: $(READY) $(TREES)
 	@$(BIN)/python -W ignore -m benchmarks.rank $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")

@@ -41,7 +41,7 @@ LOGS, SEEDS = 12, 6
 GAINS = (0.001, 0.002, 0.005, 0.01, 0.02)
 """Of the mean AUC: improvements whose detection is counted."""
 
-MODULES = ("penstock.training", f"penstock.rank.{RANK_MODEL}", "penstock.datasets.simulator", "penstock.gate")
+MODULES = ("penstock.training", f"penstock.rank.{RANK_MODEL}", "penstock.datasets.simulator", "penstock.evaluation")
 QUICK_KINDS = ("constant scores", "probabilities squared", "the challenger compared with itself", "half of the items")
 
 
@@ -118,31 +118,36 @@ def prepared(folder: Path, feed: simulator.Config) -> Stage:
 
 def pairs(config: simulator.Config, folder: Path, seeds: int) -> dict[str, Any]:
     """Of one log: the gate on every ordered pair of trainings of one model, and on improvements of known size."""
+    place = folder / f"log-{config.seed}"
 
     def measured() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as name:
-            examples = make_examples(Path(name) / "examples", None, config)
-            trained = [one_training(examples, Path(name) / str(seed), seed) for seed in range(1, seeds + 1)]
-            judged = Judge(examples, trained, simulator.Truth(config))
-            same = [judged.between(*pair) for pair in itertools.permutations(range(seeds), 2)]
-            print(f"log {config.seed}: {sum(one['approved'] for one in same)} of {len(same)} promoted", flush=True)
-            return {"same": same, "better": list(judged.improvements())}
+        shutil.rmtree(place, ignore_errors=True)
+        examples = make_examples(place / "examples", None, config)
+        for seed in range(1, seeds + 1):
+            one_training(examples, place / str(seed), seed)
+        return {"trained": seeds}
 
     spec = {"simulated": dataclasses.asdict(config), "seeds": seeds}
-    return once(folder, f"log-{config.seed}", spec, (*MODULES, "benchmarks.gate_trials"), measured)
+    once(folder, place.name, spec, MODULES, measured)
+    trained = [place / str(seed) for seed in range(1, seeds + 1)]
+    judged = Judge(place / "examples", trained, simulator.Truth(config))
+    same = [judged.between(*pair) for pair in itertools.permutations(range(seeds), 2)]
+    print(f"log {config.seed}: {sum(one['approved'] for one in same)} of {len(same)} promoted", flush=True)
+    return {"same": same, "better": list(judged.improvements())}
 
 
-def one_training(examples: Path, out: Path, seed: int) -> Path:
-    """A rank model with its predictions and weights."""
+def one_training(examples: Path, out: Path, seed: int) -> None:
+    """A rank model's predictions, and the weights for them."""
     print(f"  seed {seed}", flush=True)
     keras.backend.clear_session()
-    training.train_rank(examples, RANK_MODEL, {}, seed, out / "weights")
-    export_rank(*training.load_rank(examples, out / "weights"), out)
-    (out / "predictions").mkdir()
-    for part in ("validation", "test"):
-        predict(examples, out / "saved_model", part).write_parquet(out / "predictions" / f"{part}.parquet")
+    with tempfile.TemporaryDirectory() as name:
+        training.train_rank(examples, RANK_MODEL, {}, seed, Path(name) / "weights")
+        export_rank(*training.load_rank(examples, Path(name) / "weights"), Path(name))
+        (out / "predictions").mkdir(parents=True)
+        for part in ("validation", "test"):
+            said = predict(examples, Path(name) / "saved_model", part)
+            said.write_parquet(out / "predictions" / f"{part}.parquet")
     fusion.search_predictions(out, out / "weights")
-    return out
 
 
 class Judge:
@@ -192,13 +197,8 @@ class Judge:
 
     def _expected(self, heads: Mapping[str, np.ndarray], number: int) -> float:
         """The mean AUC over all labels that the rows might have had, each row being as likely positive as it was."""
-        order = np.argsort(fusion.fuse(heads, self._weights[number]))
-        areas = []
-        for chances in self._chances.values():
-            positive = chances[order]
-            below = np.cumsum(1 - positive) - (1 - positive)
-            areas.append(float(positive @ below) / (positive.sum() * (1 - positive).sum()))
-        return statistics.mean(areas)
+        score = fusion.fuse(heads, self._weights[number])
+        return statistics.mean(expected_auc(score, chances) for chances in self._chances.values())
 
     def _judged(self, heads: Mapping[str, np.ndarray], candidate: int, champion: int) -> dict[str, Any]:
         weights = self._weights[candidate]
@@ -231,6 +231,13 @@ class Judge:
         difference = verdict.primary.get("difference", {})
         true = self._expected(heads, candidate) - self._expected(theirs, champion)
         return {"approved": verdict.approved, "difference": difference.get("value"), "true": true, "failed": failed}
+
+
+def expected_auc(scores: np.ndarray, chances: np.ndarray) -> float:
+    """Σ_ij p_i (1 − p_j) [s_i > s_j] / Σ_ij p_i (1 − p_j): the AUC of labels that are 1 with the chances p `[rows]`."""
+    positive = chances[np.argsort(scores)]
+    below = np.cumsum(1 - positive) - (1 - positive)
+    return float(positive @ below) / float(positive.sum() * (1 - positive).sum())
 
 
 def chance(found: Sequence[Mapping[str, Any]], goal: bool) -> list[Comparison]:

@@ -145,8 +145,8 @@ def calibration_ratio(labels: npt.ArrayLike, probabilities: npt.ArrayLike, users
     codes, count = _codes(users, positive.size)
     m = int(positive.sum())
     ratio = float(p.sum() / m)
-    influence = np.bincount(codes, weights=p - ratio * positive, minlength=count) / m
-    return Estimate(ratio, influence.astype(np.float64))
+    influence: Array = np.bincount(codes, weights=p - ratio * positive, minlength=count) / m
+    return Estimate(ratio, influence)
 
 
 def calibration_slope(labels: npt.ArrayLike, probabilities: npt.ArrayLike, users: npt.ArrayLike) -> Estimate:
@@ -170,8 +170,9 @@ def calibration_slope(labels: npt.ArrayLike, probabilities: npt.ArrayLike, users
         if np.abs(step).max() < 1e-8:
             break
         beta = beta + np.clip(step, -1.0, 1.0)
-    of_rows = np.linalg.lstsq(spread, design * residual, rcond=None)[0][1]
-    return Estimate(float(beta[1]), np.bincount(codes, weights=of_rows, minlength=count))
+    of_rows: Array = np.linalg.lstsq(spread, design * residual, rcond=None)[0][1]
+    influence: Array = np.bincount(codes, weights=of_rows, minlength=count).astype(np.float64)
+    return Estimate(float(beta[1]), influence)
 
 
 def gauc(
