@@ -104,3 +104,16 @@ def test_the_optimum_of_the_grid_is_found_in_a_tenth_of_its_evaluations(method: 
         assert fusion.best_single_head(few.grid) == fusion.best_single_head(every.grid)
     again = fusion.search(labels, heads, fusion.Config(name, method=method))
     assert again.grid.equals(few.grid)
+
+
+def test_the_process_asks_where_it_expects_an_improvement() -> None:
+    asked: list[float] = []
+    full, figures = trials((5.0, 2.0, 3.0), budget=0)
+
+    def evaluate(places: Integers) -> np.ndarray:
+        asked.extend(figures[places, 0].tolist())
+        return figures[places]
+
+    grid_search.bayesian(grid_search.Trials(full.units, evaluate, 103, 0), 0)
+    # a quarter is the net; of a smooth hill it tells where the top is
+    assert min(asked[25:29]) > np.quantile(figures[:, 0], 0.95)
