@@ -76,6 +76,8 @@ code { background: #f1f3f5; padding: .1rem .3rem; border-radius: .2rem; font-siz
 @media print {
   body { font-size: 11pt; }
   nav { display: none; }
+  table { font-size: 9pt; }
+  th, td { padding-right: .5rem; }
   main { max-width: none; padding: 0; }
   h2, h3 { break-after: avoid; }
   tr, figure { break-inside: avoid; }
