@@ -54,20 +54,21 @@ def main() -> None:
     folder = BUILD / ("gate-trials-quick" if quick else "gate-trials")
     feed = SMALL if quick else FEED
     kinds = [kind for kind in KINDS if not quick or kind.name in QUICK_KINDS]
-    rows = bad(folder, feed, kinds)
+    rows = bad(folder, feed, kinds, quick)
     logs = [dataclasses.replace(feed, seed=seed) for seed in range(1, 2 if quick else LOGS + 1)]
-    found = [pairs(config, folder, 2 if quick else SEEDS) for config in logs]
+    settings = {"epochs": 1} if quick else {}
+    found = [pairs(config, folder, 2 if quick else SEEDS, settings) for config in logs]
     rows += chance(found, goal=not quick)
     rows += power(found)
     show("The gate", rows)
     print(f"written to {write('gate_trials', rows)}")
 
 
-def bad(folder: Path, feed: simulator.Config, kinds: Sequence[Kind]) -> list[Comparison]:
+def bad(folder: Path, feed: simulator.Config, kinds: Sequence[Kind], quick: bool) -> list[Comparison]:
     """Every kind of bad candidate before the gate; and the good one that they are made of, which it must approve."""
-    good = prepared(folder, feed)
+    good = prepared(folder, feed, {"epochs": 1} if quick else {})
     verdict = good.judge()
-    if not verdict.approved:
+    if not (verdict.approved or quick):  # an epoch on a small log makes no good candidate
         raise SystemExit(f"the good candidate is not approved, so no rejection means anything: {verdict.sentence}")
     print(f"the good candidate: {verdict.sentence}", flush=True)
     said: dict[str, Sequence[str | float]] = {"kind": [], "rejected": [], "for": [], "says": []}
@@ -93,7 +94,7 @@ def bad(folder: Path, feed: simulator.Config, kinds: Sequence[Kind]) -> list[Com
     ]
 
 
-def prepared(folder: Path, feed: simulator.Config) -> Stage:
+def prepared(folder: Path, feed: simulator.Config, overrides: Mapping[str, Any]) -> Stage:
     """A good candidate, and the champion that it is to replace: the same models with half of the days to learn from."""
     root, champion = folder / "candidate", folder / "champion" / "1"
     if not (root / "rehearsal" / "rehearsal.json").exists():
@@ -105,8 +106,8 @@ def prepared(folder: Path, feed: simulator.Config) -> Stage:
         train.head(train.height // 3).write_parquet(older / "train.parquet")
         champion.mkdir(parents=True)
         for name, make in (("recall", make_recall), ("rank", make_rank)):
-            make(older, champion.parent / name, 1)
-            make(root / "examples", root / name, 1)
+            make(older, champion.parent / name, 1, **overrides)
+            make(root / "examples", root / name, 1, **overrides)
             shutil.copytree(champion.parent / name / "saved_model", champion / name)
         fusion.search_predictions(champion.parent / "rank", champion)
         (champion / "manifest.json").write_text(json.dumps({"release": 1}))
@@ -116,7 +117,7 @@ def prepared(folder: Path, feed: simulator.Config) -> Stage:
     return Stage(root, champion)
 
 
-def pairs(config: simulator.Config, folder: Path, seeds: int) -> dict[str, Any]:
+def pairs(config: simulator.Config, folder: Path, seeds: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Of one log: the gate on every ordered pair of trainings of one model, and on improvements of known size."""
     place = folder / f"log-{config.seed}"
 
@@ -124,10 +125,10 @@ def pairs(config: simulator.Config, folder: Path, seeds: int) -> dict[str, Any]:
         shutil.rmtree(place, ignore_errors=True)
         examples = make_examples(place / "examples", None, config)
         for seed in range(1, seeds + 1):
-            one_training(examples, place / str(seed), seed)
+            one_training(examples, place / str(seed), seed, overrides)
         return {"trained": seeds}
 
-    spec = {"simulated": dataclasses.asdict(config), "seeds": seeds}
+    spec = {"simulated": dataclasses.asdict(config), "seeds": seeds, "overrides": dict(overrides)}
     once(folder, place.name, spec, MODULES, measured)
     trained = [place / str(seed) for seed in range(1, seeds + 1)]
     judged = Judge(place / "examples", trained, simulator.Truth(config))
@@ -136,12 +137,12 @@ def pairs(config: simulator.Config, folder: Path, seeds: int) -> dict[str, Any]:
     return {"same": same, "better": list(judged.improvements())}
 
 
-def one_training(examples: Path, out: Path, seed: int) -> None:
+def one_training(examples: Path, out: Path, seed: int, overrides: Mapping[str, Any]) -> None:
     """A rank model's predictions, and the weights for them."""
     print(f"  seed {seed}", flush=True)
     keras.backend.clear_session()
     with tempfile.TemporaryDirectory() as name:
-        training.train_rank(examples, RANK_MODEL, {}, seed, Path(name) / "weights")
+        training.train_rank(examples, RANK_MODEL, overrides, seed, Path(name) / "weights")
         export_rank(*training.load_rank(examples, Path(name) / "weights"), Path(name))
         (out / "predictions").mkdir(parents=True)
         for part in ("validation", "test"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,5 +134,5 @@ def _champion(release: Path, test: pl.DataFrame, queries: pl.DataFrame) -> Champ
         answers = retrieve_from(release / "recall", queries, RECALL_DEPTH)
         return Champion(int(manifest["release"]), heads, score, answers, manifest)
     except Exception as error:  # whatever TensorFlow or a broken file raises: no champion, no comparison
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = re.sub(r"\{\{.*?\}\}", "", str(error)).strip().splitlines() or [type(error).__name__]
         return f"Champion {release.name} cannot be loaded and scored on the test rows: {reason[0]}."

@@ -66,7 +66,7 @@ class Config:
         fusion: of `FUSIONS`.
         grid: `linear`, `log`, `signed` or `simplex`: see `grids.make`, as for `steps` and `base`.
         objective: a measure, or measure → weight for their weighted mean. Measures are `auc_LABEL`, `gauc_LABEL`
-            (within users), `ndcg@K_LABEL` (within requests); over the labels `mean_auc`, `mean_gauc`, `mean_ndcg@K`.
+            (within users), `ndcg@K_LABEL` (within sessions); over the labels `mean_auc`, `mean_gauc`, `mean_ndcg@K`.
         constraints: measure → how far it may fall below that of the reference weights.
         method: of `METHODS`; those that are not exhaustive evaluate a tenth of the directions at most.
         seed: of the Bayesian search.
@@ -209,7 +209,7 @@ def search(
     Args:
         labels: name → 0 or 1 [n].
         heads: name → probabilities [n].
-        users, sessions: whose row it is and of which request [n]; for the measures that are taken within them.
+        users, sessions: whose row it is and of which session [n]; for the measures that are taken within them.
         reference: what the constraints are relative to; all weights equal if none is given.
 
     Raises:
@@ -356,7 +356,7 @@ def _slice(rows: pl.DataFrame) -> dict[str, Any]:
         "labels": {label: rows[label].to_numpy() for label in LABELS},
         "heads": {label: rows[f"p_{label}"].to_numpy() for label in LABELS},
         "users": rows["user_id"].to_numpy() if "user_id" in rows.columns else None,
-        "sessions": rows["request_id"].to_numpy() if "request_id" in rows.columns else None,
+        "sessions": rows["session"].to_numpy() if "session" in rows.columns else None,
     }
 
 
@@ -383,8 +383,11 @@ def search_predictions(rank: Path, weights: Path, config: Config | None = None, 
     """
     reference = None
     if champion:
-        live = json.loads((Path(champion) / "weights.json").read_text())
-        reference = Reference(f"champion {Path(champion).name}", live["weights"], live["fusion"])
+        try:
+            live = json.loads((Path(champion) / "weights.json").read_text())
+            reference = Reference(f"champion {Path(champion).name}", live["weights"], live["fusion"])
+        except (OSError, ValueError, KeyError) as error:  # the gate will say so, and reject
+            print(f"weights: those of {Path(champion).name} cannot be read, equal ones are the reference: {error}")
     found = search(
         config=config, reference=reference, **_slice(pl.read_parquet(rank / "predictions" / "validation.parquet"))
     )

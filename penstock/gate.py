@@ -568,6 +568,8 @@ def judge_candidate(
     """
     out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {"first_release": not champion}
+    if Path(champion).name.isdecimal():  # also of one that cannot be loaded: what it was to be held against
+        document["champion"] = int(Path(champion).name)
     try:
         by = penstock.config(policy, overrides or {})
     except ValueError as error:

@@ -84,7 +84,7 @@ class Measures:
         columns: the c_h by name [rows].
         kinds: of `auc`, `gauc` and `ndcg@K`: each is measured of every label.
         users: whose row it is [rows]; for `gauc`.
-        sessions: the request of the row [rows]; of one user each. For `ndcg@K`.
+        sessions: the session of the row [rows]; of one user each. For `ndcg@K`.
 
     Attributes:
         names: what a call returns, in order: `KIND_LABEL`.

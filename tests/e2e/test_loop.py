@@ -24,7 +24,7 @@ from tests.local.ports import free_ports
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]  # the whole loop is one fixture
 
 # enough likes in the test slice for the gate to judge them
-SMALL = {"users": 1200, "items": 400, "items_per_day": 15, "days": 12}
+SMALL = {"users": 1500, "items": 800, "items_per_day": 30, "days": 10}
 
 
 @pytest.fixture(scope="module")

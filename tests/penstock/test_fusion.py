@@ -348,7 +348,7 @@ def test_best_single_head_is_read_off_the_grid() -> None:
 def test_search_predictions_writes_what_the_gate_reads(tmp_path: Path) -> None:
     labels, heads = sample()
     rows = pl.DataFrame({**labels, **{f"p_{name}": values for name, values in heads.items()}})
-    rows = rows.with_columns(user_id=pl.int_range(500) % 20, request_id=pl.int_range(500) % 100)
+    rows = rows.with_columns(user_id=pl.int_range(500) % 20, session=pl.int_range(500) % 100)
     folder = tmp_path / "rank" / "predictions"
     folder.mkdir(parents=True)
     rows.write_parquet(folder / "validation.parquet")
@@ -372,4 +372,9 @@ def test_search_predictions_writes_what_the_gate_reads(tmp_path: Path) -> None:
     assert pl.read_parquet(tmp_path / "weights" / "grid.parquet").equals(found.grid)
     assert fusion.measure(rows, found.weights, "weighted_logits", "mean_ndcg@3") == pytest.approx(found.value, abs=1e-9)
     with pytest.raises(ValueError, match="the sessions of the rows are needed"):
-        fusion.measure(rows.drop("request_id"), found.weights, "weighted_logits", "mean_ndcg@3")
+        fusion.measure(rows.drop("session"), found.weights, "weighted_logits", "mean_ndcg@3")
+    # a champion that nobody can read is for the gate to tell; the search goes on without it
+    (tmp_path / "7" / "weights.json").write_text("{}")
+    config = dataclasses.replace(config, constraints={})
+    alone = fusion.search_predictions(tmp_path / "rank", tmp_path / "weights", config, str(tmp_path / "7"))
+    assert alone.reference == fusion.search_predictions(tmp_path / "rank", tmp_path / "weights", config).reference

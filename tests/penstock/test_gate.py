@@ -264,7 +264,10 @@ def test_a_champion_that_cannot_be_scored(candidate: Artifacts, champion: Path, 
     name, reason = only_failure(verdict_on(candidate, release))
     assert name == "champion can be scored"
     assert "hampion" in reason
-    assert json.loads((candidate.verdict / "verdict.json").read_text())["approved"] is False
+    assert "{{" not in reason
+    document = json.loads((candidate.verdict / "verdict.json").read_text())
+    assert document["approved"] is False
+    assert document["champion"] == 7
 
 
 def test_a_recall_model_that_finds_no_more_than_the_baselines(candidate: Artifacts, champion: Path) -> None:
