@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -194,8 +195,9 @@ def _other_index(stage: Stage) -> None:
     make_recall(stage.examples, stage.root / "another", 99)
     model, schema = training.load_recall(stage.examples, stage.root / "recall_weights")
     another, _ = training.load_recall(stage.examples, stage.root / "another_weights")
-    another.query_tower = model.query_tower
-    _export(stage, another, schema, Catalogue.read(stage.examples, schema))
+    parts = {"item_tower": another.item_tower, "by_content": another.by_content}
+    mixed = SimpleNamespace(query_tower=model.query_tower, **parts)
+    _export(stage, mixed, schema, Catalogue.read(stage.examples, schema))
 
 
 def _shuffled_index(stage: Stage) -> None:

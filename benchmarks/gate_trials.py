@@ -74,16 +74,17 @@ def bad(folder: Path, feed: simulator.Config, kinds: Sequence[Kind], quick: bool
     said: dict[str, Sequence[str | float]] = {"kind": [], "rejected": [], "for": [], "says": []}
     rejected = right = 0
     for number, kind in enumerate(kinds, 1):
-        print(f"{number} of {len(kinds)}: {kind.name}", flush=True)
         with tempfile.TemporaryDirectory() as place:
             stage = Stage(shutil.copytree(good.root, Path(place) / "candidate"), good.champion)
             kind.spoil(stage)
             verdict = stage.judge()
         failed = [check.name for check in verdict.checks if not check.passed]
         reason = next((name for name in failed if name in kind.reasons), "")
+        outcome = "APPROVED" if verdict.approved else f"rejected: {reason}" if reason else "rejected for ANOTHER REASON"
+        print(f"{number} of {len(kinds)}: {kind.name}: {outcome}", flush=True)
         rejected += not verdict.approved
         right += bool(reason)
-        cells = (kind.name, "no" if verdict.approved else "yes", reason or f"WRONG: {', '.join(failed)}")
+        cells = (kind.name, "no" if verdict.approved else "yes", reason or f"ANOTHER REASON: {', '.join(failed)}")
         for name, cell in zip(said, (*cells, verdict.sentence[:90]), strict=True):
             said[name] = [*said[name], cell]
     show_columns("Bad candidates", said)
