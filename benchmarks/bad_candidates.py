@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -20,6 +19,7 @@ from penstock.catalogue import Catalogue
 from penstock.events import LABELS
 from penstock.examples import FEATURES, Feature, Schema, fit_schema, read_slice
 from penstock.gate import Verdict, judge_candidate
+from penstock.retrieval import Retrieval, Towers
 from penstock.scoring import score_rows
 from serving.rehearsal import rehearse
 
@@ -195,8 +195,7 @@ def _other_index(stage: Stage) -> None:
     make_recall(stage.examples, stage.root / "another", 99)
     model, schema = training.load_recall(stage.examples, stage.root / "recall_weights")
     another, _ = training.load_recall(stage.examples, stage.root / "another_weights")
-    parts = {"item_tower": another.item_tower, "by_content": another.by_content}
-    mixed = SimpleNamespace(query_tower=model.query_tower, **parts)
+    mixed = Retrieval(Towers(model.query_tower, another.item_tower, another.by_content), another.objective)
     _export(stage, mixed, schema, Catalogue.read(stage.examples, schema))
 
 
