@@ -437,7 +437,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("a champion that cannot be loaded", ("champion can be scored",), _broken_champion),
     Kind("another release's index", RECALL, _other_index),
     Kind("item vectors under other ids", RECALL, _shuffled_index),
-    Kind("a query tower that was never trained", RECALL, _untrained_tower),
+    Kind("a query tower that was never trained", (*RECALL, "served scores are the training graph's"), _untrained_tower),
     Kind("half of the items", ("index holds the items",), _truncated_index),
     Kind("another release's item ids", OWN_ITEMS, _other_items),
     Kind("another release's item vectors", ("served scores are the training graph's",), _other_vectors),
