@@ -32,7 +32,8 @@ class Config:
         replicates: draws of users, where an interval is found by drawing; `seed` makes them the same each time.
         primary: the figure of the fused score that must become better: `mean_auc` over the labels, `auc_LABEL`,
             `gauc_LABEL` by user, or `ndcg@K_LABEL` by session.
-        margin: the low end of its difference to the champion must be above this.
+        margin: the low end of its difference to the champion must be above this: about what another seed of the same
+            model gives, so that with many rows luck is no reason to change what is live.
         single_head_margin: a first release may be this much worse than its best single head, at the low end.
         heads: by label, how much worse the AUC of a head may be than the champion's, at the low end. With 600
             positives the interval of a paired difference is some ±0.01 to 0.02 wide: less rejects for want of data.
@@ -55,7 +56,7 @@ class Config:
     replicates: int = 500
     seed: int = 20
     primary: str = MEAN_AUC
-    margin: float = 0.0
+    margin: float = 0.001
     single_head_margin: float = 0.002
     heads: Mapping[str, float] = field(default_factory=lambda: {"click": 0.005, "long_view": 0.005, "like": 0.02})
     guardrails: Mapping[str, float] = field(default_factory=lambda: {"gauc_click": 0.01, "recall@50": 0.02})
