@@ -2,7 +2,7 @@
 
 `make gate-trials` prints for each kind of bad candidate whether it was rejected and for the right reason; how often a
 model is promoted over itself under another seed; and how often improvements of a known size are. It writes
-build/bench/gate_trials.json; QUICK=1 is a smaller form. What was measured stays in build/bench/gate-trials.
+build/bench/gate_trials.json; QUICK=1 is a smaller form, in two minutes. What was measured stays in build/bench/gate-trials.
 """
 
 from __future__ import annotations
@@ -251,10 +251,8 @@ def chance(found: Sequence[Mapping[str, Any]], goal: bool) -> list[Comparison]:
     shares = [statistics.mean(one["approved"] for one in of_log["same"]) for of_log in found]
     generator = np.random.default_rng(0)
     drawn = [np.mean(generator.choice(shares, len(shares))) for _ in range(10_000)]
-    low, high = (
-        beta.ppf(0.025, promoted, len(trials) - promoted + 1),
-        beta.ppf(0.975, promoted + 1, len(trials) - promoted),
-    )
+    low = float(beta.ppf(0.025, promoted, len(trials) - promoted + 1)) if promoted else 0.0
+    high = float(beta.ppf(0.975, promoted + 1, len(trials) - promoted))
     show_columns(
         "The same model, another seed",
         {
