@@ -2,7 +2,8 @@
 
 `make gate-trials` prints for each kind of bad candidate whether it was rejected and for the right reason; how often a
 model is promoted over itself under another seed; and how often improvements of a known size are. It writes
-build/bench/gate_trials.json; QUICK=1 is a smaller form, in two minutes. What was measured stays in build/bench/gate-trials.
+build/bench/gate_trials.json; QUICK=1 is a smaller form, in two minutes. What was measured stays in
+build/bench/gate-trials.
 """
 
 from __future__ import annotations
