@@ -69,12 +69,13 @@ def recall_metrics(examples: Path, saved_model: Path) -> dict[str, dict]:
     A query is a user with the features of its first row in the slice; items of its history are left out of the answer,
     as in serving.
     """
+    signature = _recommends(saved_model)
     kinds = Kinds.of(examples)
     methods = {"popularity": baselines.popular, "item_item_cf": baselines.item_item}
     found: dict[str, dict] = {name: {} for name in methods}
     for part in ("validation", "test"):
         queries = Queries.of(examples, part)
-        found[part] = ranking_metrics(retrieve_from(saved_model, queries.rows, max(DEPTHS)), queries, kinds)
+        found[part] = ranking_metrics(retrieve(signature, queries.rows, max(DEPTHS)), queries, kinds)
         for name, answer in methods.items():
             found[name][part] = ranking_metrics(answer(examples, queries.rows, max(DEPTHS)), queries, kinds)
     return found
@@ -99,7 +100,11 @@ def ranking_metrics(ranked: np.ndarray, queries: Queries, kinds: Kinds) -> dict[
 
 def retrieve_from(saved_model: Path, queries: pl.DataFrame, k: int) -> np.ndarray:
     """`retrieve`, by a recall SavedModel."""
-    return retrieve(tf.saved_model.load(str(saved_model)).signatures["serving_default"], queries, k)
+    return retrieve(_recommends(saved_model), queries, k)
+
+
+def _recommends(saved_model: Path) -> tf.types.experimental.ConcreteFunction:
+    return tf.saved_model.load(str(saved_model)).signatures["serving_default"]
 
 
 def retrieve(signature: tf.types.experimental.ConcreteFunction, queries: pl.DataFrame, k: int) -> np.ndarray:

@@ -22,7 +22,7 @@ import penstock
 from penstock import intervals, metrics, policy
 from penstock.events import LABELS
 from penstock.evidence import Champion, Evidence, gather
-from penstock.intervals import Estimate, Interval, Resampled
+from penstock.intervals import Estimate, Figure, Interval, Resampled
 from penstock.metrics import Array, MetricError
 from penstock.policy import MEAN_AUC
 from penstock.policy import Config as Policy
@@ -255,7 +255,7 @@ class _Rows:
     def mean_auc(self, scores: Array, labels: Sequence[str] = LABELS) -> Estimate:
         return intervals.mean_estimate([self.auc(label, scores) for label in labels])
 
-    def figure(self, measure: str, scores: Array) -> Estimate | Resampled:
+    def figure(self, measure: str, scores: Array) -> Figure:
         """A figure of a fused score, by its name in a policy."""
         if measure == MEAN_AUC:
             return self.mean_auc(scores)
@@ -288,10 +288,12 @@ def _weigh(checks: list[Check], evidence: Evidence, by: Policy) -> Verdict:
     else:
         opponent, other = "single head", heads[evidence.single_head]
     on = _Rows(rows, by)
-    checks += _comparisons(on, evidence, champion, popularity, by)
+    # each label's own rate: the hardest bar that knows nothing of the user
+    alone = {label: on.auc(label, popularity[label]) for label in LABELS}
+    checks += _comparisons(on, evidence, champion, alone, by)
     table = {}
     for label in LABELS:
-        table[label], of_head = _head(on, label, heads[label], champion, popularity[label], by)
+        table[label], of_head = _head(on, label, heads[label], champion, alone[label], by)
         checks += of_head
     recall, of_recall = _recalls(evidence, champion, by)
     checks += of_recall
@@ -301,31 +303,21 @@ def _weigh(checks: list[Check], evidence: Evidence, by: Policy) -> Verdict:
     for name, scores in (("candidate", evidence.score), (opponent, other)):
         mean = on.mean_auc(scores).interval(by.confidence)
         fused[name] = {label: on.auc(label, scores).value for label in LABELS} | dataclasses.asdict(mean)
-    alone = {label: on.auc(label, popularity[label]) for label in LABELS}
     mean = intervals.mean_estimate(list(alone.values())).interval(by.confidence)
     fused["popularity"] = {label: found.value for label, found in alone.items()} | dataclasses.asdict(mean)
-    difference = _difference(on, by.primary, evidence.score, other)
+    own, theirs = (on.figure(by.primary, scores) for scores in (evidence.score, other))
+    difference = own - theirs
     primary = {
         "measure": by.primary,
-        "candidate": on.figure(by.primary, evidence.score).value,
+        "candidate": own.value,
         "opponent": opponent,
-        "opponent_value": on.figure(by.primary, other).value,
+        "opponent_value": theirs.value,
         "difference": dataclasses.asdict(difference.interval(by.confidence)),
         "p_value": difference.p_value if isinstance(difference, Estimate) else None,
     }
     return _verdict(
         checks, evidence, by, fused=fused, primary=primary, heads=table, recall=recall, slices=tuple(slices)
     )
-
-
-def _difference(on: _Rows, measure: str, first: Array, second: Array) -> Estimate | Resampled:
-    a, b = on.figure(measure, first), on.figure(measure, second)
-    return a - b if isinstance(a, Estimate) and isinstance(b, Estimate) else _resampled(a) - _resampled(b)
-
-
-def _resampled(found: Estimate | Resampled) -> Resampled:
-    assert isinstance(found, Resampled)
-    return found
 
 
 def _differs(evidence: Evidence, champion: Champion) -> Check:
@@ -353,18 +345,18 @@ def measure_in_words(measure: str) -> str:
 
 
 def _comparisons(
-    on: _Rows, evidence: Evidence, champion: Champion | None, popularity: Mapping[str, Array], by: Policy
+    on: _Rows, evidence: Evidence, champion: Champion | None, popularity: Mapping[str, Estimate], by: Policy
 ) -> Iterator[Check]:
     """The fused score against the champion's, popularity's, and for a first release its best single head's."""
     rows = evidence.predictions
 
     def against(measure: str, other: Array, whose: str, bound: float) -> tuple[Interval, str]:
-        found = _difference(on, measure, evidence.score, other).interval(by.confidence)
-        own, theirs = (on.figure(measure, scores).value for scores in (evidence.score, other))
+        own, theirs = (on.figure(measure, scores) for scores in (evidence.score, other))
+        found = (own - theirs).interval(by.confidence)
         allowed = f"; above {bound:+.4f} is asked for" if bound else ""
         return found, (
-            f"On {rows.height:,} test rows the {measure_in_words(measure)} of the fused score is {own:.4f}, {whose} is "
-            f"{theirs:.4f} (difference {_change(found, by)}{allowed})."
+            f"On {rows.height:,} test rows the {measure_in_words(measure)} of the fused score is {own.value:.4f}, "
+            f"{whose} is {theirs.value:.4f} (difference {_change(found, by)}{allowed})."
         )
 
     if champion:
@@ -383,10 +375,9 @@ def _comparisons(
                 found, reason = against(measure, champion.score, f"champion {champion.number}'s", -margin)
                 yield _above(f"{measure_in_words(measure)} not worse than the champion's", found, -margin, reason)
     if "popularity" in by.baselines:
-        # each label's own rate: the hardest bar that knows nothing of the user
         bound = by.baselines["popularity"]
         own = on.mean_auc(evidence.score)
-        theirs = intervals.mean_estimate([on.auc(label, popularity[label]) for label in LABELS])
+        theirs = intervals.mean_estimate(list(popularity.values()))
         found = (own - theirs).interval(by.confidence)
         reason = (
             f"On {rows.height:,} test rows the mean AUC of the fused score is {own.value:.4f}, popularity's is "
@@ -401,7 +392,7 @@ def _comparisons(
 
 
 def _head(
-    on: _Rows, label: str, scores: Array, champion: Champion | None, popularity: Array, by: Policy
+    on: _Rows, label: str, scores: Array, champion: Champion | None, popularity: Estimate, by: Policy
 ) -> tuple[dict[str, float | None], list[Check]]:
     """The figures of a head, and whether it is worth having."""
     estimate = on.auc(label, scores)
@@ -419,7 +410,7 @@ def _head(
     figures: dict[str, float | None] = {
         **{"auc": own.value, "low": own.low, "high": own.high},
         **dict.fromkeys(("champion", "difference", "difference_low", "difference_high")),
-        "popularity": on.auc(label, popularity).value,
+        "popularity": popularity.value,
     }
     if champion:
         theirs = on.auc(label, champion.heads[label])

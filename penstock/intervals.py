@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,17 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+class Figure(Protocol):
+    """An estimate that can be held against another of its kind, on the same users."""
+
+    @property
+    def value(self) -> float: ...
+
+    def __sub__(self, other: Any, /) -> Figure: ...
+
+    def interval(self, confidence: float) -> Interval: ...
 
 
 @dataclass(frozen=True)
