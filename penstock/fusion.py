@@ -37,7 +37,8 @@ METHODS = ("exhaustive", "coarse_to_fine", "bayesian")
 SHARE = 0.1
 """Of the directions of a grid so many are evaluated at most, unless all are."""
 
-_KIND = r"auc|gauc|ndcg@[1-9][0-9]*"
+KIND = r"auc|gauc|ndcg@[1-9][0-9]*"
+"""A pattern: how the name of a measure begins, before `_LABEL`."""
 
 
 def _logit(p: Array) -> Array:
@@ -165,7 +166,7 @@ def _parts(objective: str | Mapping[str, float], labels: Iterable[str]) -> dict[
     wanted = {objective: 1.0} if isinstance(objective, str) else objective
     parts: dict[str, float] = {}
     for name, weight in wanted.items():
-        found = re.fullmatch(rf"mean_({_KIND})|({_KIND})_({'|'.join(map(re.escape, labels))})", name)
+        found = re.fullmatch(rf"mean_({KIND})|({KIND})_({'|'.join(map(re.escape, labels))})", name)
         if not found:
             known = [f"{kind}_{{{', '.join(labels)}}}" for kind in ("auc", "gauc", "ndcg@K")]
             raise ValueError(

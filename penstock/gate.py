@@ -22,9 +22,9 @@ import penstock
 from penstock import intervals, metrics, policy
 from penstock.events import LABELS
 from penstock.evidence import Champion, Evidence, gather
+from penstock.fusion import OBJECTIVE
 from penstock.intervals import Estimate, Figure, Interval, Resampled
 from penstock.metrics import Array, MetricError
-from penstock.policy import MEAN_AUC
 from penstock.policy import Config as Policy
 
 RECALL = "recall@50"
@@ -257,7 +257,7 @@ class _Rows:
 
     def figure(self, measure: str, scores: Array) -> Figure:
         """A figure of a fused score, by its name in a policy."""
-        if measure == MEAN_AUC:
+        if measure == OBJECTIVE:
             return self.mean_auc(scores)
         kind, label = measure.split("_", 1)
         if kind == "auc":
@@ -338,7 +338,7 @@ def _change(found: Interval, by: Policy) -> str:
 
 def measure_in_words(measure: str) -> str:
     """How a figure of the fused score is called in a sentence."""
-    if measure == MEAN_AUC:
+    if measure == OBJECTIVE:
         return "mean AUC"
     kind, label = measure.split("_", 1)
     return f"{kind.upper()} of {label}"

@@ -10,9 +10,9 @@ from math import isfinite
 from typing import Any
 
 from penstock.events import LABELS
+from penstock.fusion import KIND, OBJECTIVE
 
-MEAN_AUC = "mean_auc"
-_FUSED = re.compile(rf"g?auc_({'|'.join(LABELS)})|ndcg@[1-9]\d*_({'|'.join(LABELS)})")
+_FUSED = re.compile(rf"({KIND})_({'|'.join(LABELS)})")
 RECALL_MEASURES = ("recall@50", "recall@200", "ndcg@50")
 BASELINES = ("popularity", "item_item_cf")
 SLICES = ("new users", "known users", "new items", "tail items", "scenarios")
@@ -20,7 +20,7 @@ SLICES = ("new users", "known users", "new items", "tail items", "scenarios")
 
 def fused_measure(name: str) -> bool:
     """Whether `name` is a figure of the fused score: `mean_auc`, `auc_LABEL`, `gauc_LABEL`, `ndcg@K_LABEL`."""
-    return name == MEAN_AUC or _FUSED.fullmatch(name) is not None
+    return name == OBJECTIVE or _FUSED.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Config:
     confidence: float = 0.95
     replicates: int = 500
     seed: int = 20
-    primary: str = MEAN_AUC
+    primary: str = OBJECTIVE
     margin: float = 0.001
     single_head_margin: float = 0.002
     heads: Mapping[str, float] = field(default_factory=lambda: {"click": 0.005, "long_view": 0.005, "like": 0.02})
