@@ -150,7 +150,7 @@ features-doc: $(READY)
 
 # New versions: edit pyproject.toml, then make lock.
 lock: | $(UV)
-	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --extra dev --extra spark \
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --extra dev --extra s3 --extra spark \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header pyproject.toml -o requirements.lock
 
 clean:
