@@ -19,6 +19,7 @@ class Settings:
 
     Args:
         model_server: host:port of the gRPC API of TF Serving, or of the embedded server.
+        releases: the URL of the release store, from which releases that are not in the home are fetched; empty: none.
         candidates: how many items recall gives to be ranked.
         timeout_seconds: deadline of one call of a model.
         served_share: the part of the requests whose feature vectors are kept for the replay.
@@ -26,6 +27,7 @@ class Settings:
 
     home: Path
     model_server: str
+    releases: str = ""
     host: str = "127.0.0.1"
     gateway_port: int = 8000
     candidates: int = 200
@@ -34,7 +36,7 @@ class Settings:
 
 
 def from_environment(environment: Mapping[str, str]) -> Settings:
-    """Settings by PENSTOCK_HOME, _MODEL_SERVER, _GRPC_PORT, _GATEWAY_PORT and _SERVED_SHARE.
+    """Settings by PENSTOCK_HOME, _MODEL_SERVER, _RELEASES, _GRPC_PORT, _GATEWAY_PORT and _SERVED_SHARE.
 
     Without PENSTOCK_MODEL_SERVER it is the embedded server, at PENSTOCK_GRPC_PORT of this machine.
 
@@ -48,6 +50,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
     return Settings(
         home=Path(environment.get("PENSTOCK_HOME") or ROOT / "var" / "current").resolve(),
         model_server=address,
+        releases=environment.get("PENSTOCK_RELEASES") or "",
         gateway_port=_port(environment, "PENSTOCK_GATEWAY_PORT", 8000),
         served_share=_share(environment, "PENSTOCK_SERVED_SHARE", Settings.served_share),
     )
