@@ -13,6 +13,7 @@ from penstock import evaluation, export, training
 from penstock.catalogue import Catalogue
 from penstock.examples import read_slice
 from penstock.layers.experts import spread
+from penstock.popular import write_popular
 from penstock.ranking import TASKS
 
 SAMPLE = 500
@@ -20,7 +21,7 @@ SAMPLE = 500
 
 
 def write_recall(examples: Path, trained: Path, out: Path) -> dict[str, float]:
-    """Writes `saved_model/`, `items.parquet`, `trained.parquet`, and `{metrics,config,history,window}.json`.
+    """Writes `saved_model/`, `{items,popular,trained}.parquet`, and `{metrics,config,history,window}.json`.
 
     The figures are those of the exported model, so that they are of what will serve.
 
@@ -32,6 +33,7 @@ def write_recall(examples: Path, trained: Path, out: Path) -> dict[str, float]:
     users = evaluation.Queries.of(examples, "validation").rows
     queries = training.query_vectors(model, users.sample(min(users.height, 1024), seed=0), schema)
     searched = export.export_recall(model, schema, Catalogue.read(examples, schema), out, queries)
+    write_popular(examples, out)
     inputs = [feature.name for feature in export.read_by(model, schema)]
     figures: dict[str, Any] = {"inputs": inputs, "index": searched}
     figures |= evaluation.recall_metrics(examples, out / "saved_model")
