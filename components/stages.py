@@ -191,11 +191,14 @@ def release(
     rank_uri: str,
     weights_uri: str,
     verdict_uri: str,
+    rehearsal_uri: str,
     report_uri: str,
     home: str,
+    store: str,
     approved_by: str,
     run_id: str,
     git_revision: str,
+    environment: str,
     force_reason: str,
 ) -> Released:
     done = build_release(
@@ -203,11 +206,14 @@ def release(
         rank=_artifact(rank_uri, dsl.Model),
         weights=_artifact(weights_uri, dsl.Artifact),
         verdict=_artifact(verdict_uri, dsl.Artifact),
+        rehearsal=_artifact(rehearsal_uri, dsl.Artifact),
         report=_artifact(report_uri, dsl.HTML),
         home=home,
+        store=store,
         approved_by=approved_by,
         run_id=run_id,
         git_revision=git_revision,
+        environment=environment,
         force_reason=force_reason,
     )
     return Released(release=done.outputs["release"], number=done.outputs["Output"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ from airflow.sdk import Param, PokeReturnValue, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from dags.assets import CANDIDATE, TURNED_DOWN, newest
-from dags.stages import follow_routing, git_revision, home, run, tracking_uri, uri
+from dags.stages import environment, follow_routing, git_revision, home, run, tracking_uri, uri
 
 CANARY = {"share": 0.2, "min_impressions": 200, "wait_minutes": 60}
 # an answer within seconds of the question can meet the executor's late report of the question, and fail
@@ -217,13 +218,15 @@ def release() -> None:
         from components import tracking
         from penstock import release as releases
 
-        parts = {f"{name}_uri": found[name] for name in ("recall", "rank", "weights", "verdict", "report")}
+        parts = {f"{name}_uri": found[name] for name in ("recall", "rank", "weights", "verdict", "rehearsal", "report")}
         outputs = run(
             "release",
             home=str(home()),
+            store=os.environ.get("PENSTOCK_RELEASES", ""),
             approved_by=answer("approve").by,
             run_id=found["run_id"],
             git_revision=git_revision(),
+            environment=environment(),
             force_reason=get_current_context()["params"]["force_reason"],
             **parts,
         )

@@ -18,7 +18,14 @@ from dags.stages import follow_routing, home
     max_active_runs=1,
     tags=["penstock"],
     default_args={"execution_timeout": timedelta(minutes=10)},
-    params={"reason": Param("", type="string", description="kept in the routing document")},
+    params={
+        "reason": Param("", type="string", description="kept in the routing document"),
+        "leaving": Param(
+            None,
+            type=["null", "integer"],
+            description="the release to leave: if it is not live any more, nothing is done; by default whichever is",
+        ),
+    },
     doc_md="""
     ### The former release back
     Recall, index, rank model and output weights of the release that was live before answer everybody again,
@@ -34,7 +41,7 @@ def rollback() -> None:
         by = context["dag_run"].triggering_user_name or "airflow"
         reason = context["params"]["reason"] or f"rollback in run {context['run_id']}"
         try:
-            return rollout.rollback(home(), by=by, reason=reason).champion
+            return rollout.rollback(home(), by=by, reason=reason, leaving=context["params"]["leaving"]).champion
         except rollout.RolloutError as error:
             raise AirflowFailException(str(error)) from None
 

@@ -64,6 +64,13 @@ def git_revision() -> str:
         return "unknown"
 
 
+def environment() -> str:
+    """The sha256 of the lock file that the environment was made of."""
+    from hashlib import sha256
+
+    return sha256((Path(__file__).resolve().parents[1] / "requirements.lock").read_bytes()).hexdigest()
+
+
 def champion() -> str:
     """The directory of the release that is live, or nothing."""
     from penstock import release, routing

@@ -176,7 +176,7 @@ def train() -> None:
             champion=champion(),
             policy=json.dumps(get_current_context()["params"]["gate_policy"]),
         )
-        return chosen | {"verdict": uri(outputs, "verdict")} | outputs["parameters"]
+        return chosen | {"rehearsal": rehearsal, "verdict": uri(outputs, "verdict")} | outputs["parameters"]
 
     @task(doc_md="The HTML file a person approves by, and the MLflow run.")
     def report(judged: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 HOME/releases/N/manifest.json      what it is and where it comes from, and the sha256 of every file
 HOME/releases/N/{recall,rank}/     the two SavedModels
-HOME/releases/N/{items.parquet, weights.json, verdict.json, report.html}
+HOME/releases/N/{items.parquet, weights.json, verdict.json, probe.json, report.html}
 HOME/models/{recall,rank}/N        links to the SavedModels: base paths for TF Serving
+
+`probe.json` is what the two models answer to a request that says nothing: a server that answers otherwise has loaded
+something else. With a release store (`penstock.release_store`) HOME/releases is this machine's copy of what is there.
 """
 
 from __future__ import annotations
@@ -19,13 +22,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock import routing
 from penstock.durable import replace_link, sync_directory, sync_file
 from penstock.events import LABELS
 
+if TYPE_CHECKING:
+    from penstock.release_store import ReleaseStore
+
 MANIFEST = "manifest.json"
+PROBE = "probe.json"
 MODELS = ("recall", "rank")
 NOBODY = "nobody"
 """Who has answered an approval that nobody answered."""
@@ -44,6 +51,7 @@ class Candidate:
     rank: Path
     weights: Path
     verdict: Path
+    rehearsal: Path
     report: Path
 
 
@@ -61,55 +69,77 @@ def releases(home: Path) -> list[int]:
 
 
 def build(
-    home: Path, candidate: Candidate, *, approved_by: str, run_id: str, git_revision: str, force_reason: str = ""
+    home: Path,
+    candidate: Candidate,
+    *,
+    approved_by: str,
+    run_id: str,
+    git_revision: str,
+    environment: str,
+    force_reason: str = "",
+    store: ReleaseStore | None = None,
 ) -> int:
     """Makes a release of `candidate` and returns its number.
 
     It is built under a temporary name, made durable and renamed: it is there entirely or not at all. The same run's
-    same files are not released twice, so that a repeated step does no harm.
+    same files are not released twice, so that a repeated step does no harm and finishes what was interrupted.
 
     Args:
+        environment: the sha256 of the lock file that the environment was made of.
         force_reason: why a candidate that the gate has rejected is released all the same; the manifest names who
             approved it, the reason and the verdict as `forced` (null for an approved one).
+        store: where it is published, and where its number is claimed.
 
     Raises:
         ReleaseError: a part of the candidate is missing; the gate did not approve it, and it is not forced by a named
-            person with a reason; or the gate approved it, and it is forced.
+            person with a reason; the gate approved it, and it is forced; or the disk or the store does not take it.
     """
     parts = _parts(candidate)
     verdict = _json(candidate.verdict / "verdict.json")
     forced = _forced(verdict, approved_by, force_reason)
+    said = _manifest(candidate, verdict) | {
+        "approved_by": approved_by,
+        "forced": forced,
+        "run_id": run_id,
+        "git_revision": git_revision,
+        "environment": environment,
+    }
     folder = home / "releases"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _building(folder):
-        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
-        try:
-            temporary.chmod(0o755)
-            for name, source in parts.items():
-                if source.is_dir():
-                    shutil.copytree(source, temporary / name, copy_function=shutil.copyfile)
-                else:
-                    shutil.copyfile(source, temporary / name)
-            hashes = _hashes(temporary)
-            number = _released(home, run_id, hashes)
-            if number is not None:
-                return number
-            number = _next(home)
-            manifest = _manifest(candidate, verdict) | {
-                "release": number,
-                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "approved_by": approved_by,
-                "forced": forced,
-                "run_id": run_id,
-                "git_revision": git_revision,
-                "files": hashes,
-            }
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-            _freeze(temporary)
-            temporary.rename(folder / str(number))
-            sync_directory(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with exclusively(home):
+            number = _build(home, parts, said, store)
+    except OSError as error:
+        raise ReleaseError(f"{folder}: no release was made: {error}; make room or mend it, and run it again") from error
+    if store is not None:
+        store.publish(directory(home, number), number)
+    return number
+
+
+def _build(home: Path, parts: dict[str, Path], said: dict[str, Any], store: ReleaseStore | None) -> int:
+    folder = home / "releases"
+    temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
+    try:
+        temporary.chmod(0o755)
+        for name, source in parts.items():
+            if source.is_dir():
+                shutil.copytree(source, temporary / name, copy_function=shutil.copyfile)
+            else:
+                shutil.copyfile(source, temporary / name)
+        files = hashes(temporary)
+        number = _released(home, said["run_id"], files)
+        if number is not None:
+            return number
+        number = _next(home)
+        if store is not None:
+            number = store.claim(number)
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        document = said | {"release": number, "created_at": when, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        freeze(temporary)
+        temporary.rename(folder / str(number))
+        sync_directory(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return number
 
 
@@ -136,20 +166,88 @@ def verify(home: Path, number: int) -> dict[str, Any]:
     found = manifest(home, number)
     if found.get("release") != number:
         raise ReleaseError(f"{path}: its manifest is of release {found.get('release')}; do not use it")
+    check_files(path, found)
+    if found.get("weights") != _json(path / "weights.json").get("weights"):
+        raise ReleaseError(
+            f"{path} is not what was released: the manifest's weights are not those of weights.json. "
+            "Restore it or build a new release"
+        )
+    return found
+
+
+def check_files(path: Path, found: dict[str, Any]) -> None:
+    """Holds every file of a release's directory against its manifest.
+
+    Raises:
+        ReleaseError: a file is changed, missing or not in the manifest.
+    """
     expected = found.get("files")
     if not isinstance(expected, dict):
         raise ReleaseError(f"{path}: its manifest lists no files; do not use it")
-    actual = _hashes(path)
+    actual = hashes(path)
     problems = [
         *(f"{name} is missing" for name in sorted(expected.keys() - actual.keys())),
         *(f"{name} is not in the manifest" for name in sorted(actual.keys() - expected.keys())),
         *(f"{name} was changed" for name in sorted(expected.keys() & actual.keys()) if expected[name] != actual[name]),
     ]
-    if not problems and found.get("weights") != _json(path / "weights.json").get("weights"):
-        problems = ["the manifest's weights are not those of weights.json"]
     if problems:
         raise ReleaseError(f"{path} is not what was released: {'; '.join(problems)}. Restore it or build a new release")
-    return found
+
+
+def probe_answers(home: Path, number: int) -> dict[str, dict[str, list[Any]]]:
+    """What the models of release `number` answer to a request that says nothing: model → output → values.
+
+    Raises:
+        ReleaseError: the release does not say.
+    """
+    return _json(directory(home, number) / PROBE)
+
+
+def protected(home: Path, document: routing.Routing, store: ReleaseStore | None = None) -> set[int]:
+    """The releases that are never deleted: those who answer, what a rollback returns to, and the parents of these.
+
+    Raises:
+        ReleaseError: the manifest of one of them cannot be read, so that its parent is not known.
+    """
+    kept = set(document.releases)
+    for number in document.releases:
+        if store is not None and not directory(home, number).is_dir():
+            parent = store.manifest(number).get("parent")
+        else:
+            parent = manifest(home, number).get("parent")
+        if isinstance(parent, int):
+            kept.add(parent)
+    return kept
+
+
+def prune(home: Path, document: routing.Routing, keep: int, store: ReleaseStore | None = None) -> list[int]:
+    """Deletes all but the newest `keep` releases and the `protected`, here and in the store; which were deleted.
+
+    To be called while nobody else can change the routing document.
+
+    Raises:
+        ReleaseError: `keep` is less than one, or the disk or the store refuses.
+    """
+    if keep < 1:
+        raise ReleaseError(f"at least one release is kept, not {keep}")
+    here = releases(home)
+    there = store.numbers() if store is not None else []
+    kept = protected(home, document, store)
+    doomed = [number for number in sorted({*here, *there})[:-keep] if number not in kept]
+    folder = home / "releases"
+    try:
+        with exclusively(home):
+            for number in doomed:
+                if number in there:
+                    assert store is not None
+                    store.delete(number)
+                if number in here:  # out of sight in one step, so that a killed deletion leaves no half release
+                    gone = folder / f".deleting-{number}"
+                    directory(home, number).rename(gone)
+                    shutil.rmtree(gone)
+    except OSError as error:
+        raise ReleaseError(f"{folder}: old releases are not deleted: {error}; run it again") from error
+    return doomed
 
 
 def base_path(home: Path, model: str) -> Path:
@@ -180,6 +278,7 @@ def _parts(candidate: Candidate) -> dict[str, Path]:
         "items.parquet": candidate.recall / "items.parquet",
         "weights.json": candidate.weights / "weights.json",
         "verdict.json": candidate.verdict / "verdict.json",
+        PROBE: candidate.rehearsal / PROBE,
         "report.html": candidate.report,
     }
     for name, source in parts.items():
@@ -243,7 +342,7 @@ def _json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _hashes(path: Path) -> dict[str, str]:
+def hashes(path: Path) -> dict[str, str]:
     """Relative path → sha256 of every file below `path` but the manifest."""
     found = {}
     for file in sorted(path.rglob("*")):
@@ -258,11 +357,14 @@ def _hashes(path: Path) -> dict[str, str]:
     return found
 
 
-def _released(home: Path, run_id: str, hashes: dict[str, str]) -> int | None:
+def _released(home: Path, run_id: str, files: dict[str, str]) -> int | None:
     """The release that was already made of these files by this run, if there is one."""
     for number in reversed(releases(home)):
-        found = manifest(home, number)
-        if found.get("run_id") == run_id and found.get("files") == hashes:
+        try:
+            found = manifest(home, number)
+        except ReleaseError:  # a damaged release is no reason to make no other
+            continue
+        if found.get("run_id") == run_id and found.get("files") == files:
             return number
     return None
 
@@ -275,7 +377,7 @@ def _next(home: Path) -> int:
     return max(used, default=0) + 1
 
 
-def _freeze(path: Path) -> None:
+def freeze(path: Path) -> None:
     """Makes every file below `path` durable and read-only."""
     for file in path.rglob("*"):
         if file.is_dir():
@@ -287,12 +389,14 @@ def _freeze(path: Path) -> None:
 
 
 @contextmanager
-def _building(folder: Path) -> Iterator[None]:
-    """One builder at a time; what a killed builder left behind is cleared away."""
+def exclusively(home: Path) -> Iterator[None]:
+    """One process at a time makes or deletes releases of this home; what a killed one left behind is cleared away."""
+    folder = home / "releases"
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        for stale in folder.glob(".building-*"):
+        for stale in folder.glob(".*-*"):
             shutil.rmtree(stale, ignore_errors=True)
         yield
     finally:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from penstock.durable import replace_file
 
@@ -107,32 +107,46 @@ def withdraw(routing: Routing) -> Routing:
     return replace(routing, challenger=None, share=0.0, salt="")
 
 
-def rollback(routing: Routing) -> Routing:
+def rollback(routing: Routing, leaving: int | None = None) -> Routing:
     """The former champion answers everybody, and a canary ends.
+
+    Args:
+        leaving: the champion that is to be left; if it is not the champion, nothing changes. None: whoever it is.
 
     Raises:
         RoutingError: there is no former release.
     """
+    if leaving is not None and routing.champion != leaving:
+        return routing
     if not routing.previous:
         live = "no release is live" if routing.champion is None else f"release {routing.champion} is the first"
         raise RoutingError(f"there is no former release to roll back to: {live}")
     return replace(withdraw(routing), champion=routing.previous[-1], previous=routing.previous[:-1])
 
 
+def without(routing: Routing, gone: Container[int]) -> Routing:
+    """`routing` less the former champions that there are no more to go back to."""
+    return replace(routing, previous=tuple(number for number in routing.previous if number not in gone))
+
+
 def read(path: Path) -> Routing:
     """The routing document at `path`; without one, that nothing is live.
 
+    One that something has damaged is taken from the journal beside it, whose last whole line says the same.
+
     Raises:
-        RoutingError: it is not a routing document.
+        RoutingError: it is not a routing document, and there is no journal either.
     """
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         return Routing()
     except (OSError, ValueError) as error:
-        raise RoutingError(
-            f"{path}: not readable as a routing document ({error}); restore it or promote again"
-        ) from error
+        document = next(reversed(history(path)), None)
+        if document is None:
+            raise RoutingError(
+                f"{path}: not readable as a routing document ({error}); restore it, or remove it and promote again"
+            ) from error
     if not isinstance(document, dict):
         raise RoutingError(f"{path}: a routing document is a JSON object; restore it or promote again")
     unknown = sorted(set(document) - {field.name for field in fields(Routing)})
@@ -145,8 +159,39 @@ def read(path: Path) -> Routing:
 
 
 def write(path: Path, routing: Routing) -> None:
-    """Replaces the document at `path` atomically and durably."""
-    replace_file(path, (json.dumps(asdict(routing), indent=2) + "\n").encode())
+    """Notes the document in the journal, then replaces that at `path`: both durably, the document atomically."""
+    document = asdict(routing)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(_journal(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        # the line break comes first: it ends a line that was torn
+        os.write(descriptor, b"\n" + json.dumps(document).encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    replace_file(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """Every document that was written to `path`, oldest first: what was live when, by whom and why.
+
+    A writer that was killed or met a full disk at the last step leaves one that was never obeyed.
+    """
+    try:
+        lines = _journal(path).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in filter(None, lines):
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # its writer was killed in the middle
+            continue
+    return found
+
+
+def _journal(path: Path) -> Path:
+    return path.with_suffix(".jsonl")
 
 
 def stamp(routing: Routing, by: str, reason: str) -> Routing:

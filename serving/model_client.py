@@ -154,12 +154,19 @@ class ModelClient:
             )
         return bool(found.state == status_messages.ModelVersionStatus.AVAILABLE)
 
-    def load(self, base_paths: Mapping[str, Path], versions: Sequence[int], seconds: float = LOAD_SECONDS) -> None:
-        """Has the server serve exactly `versions` of each model, and waits until it does.
+    def load(
+        self,
+        base_paths: Mapping[str, Path],
+        versions: Sequence[int],
+        seconds: float = LOAD_SECONDS,
+        labels: Mapping[str, int] | None = None,
+    ) -> None:
+        """Has the server serve exactly `versions` of each model under `labels`, and waits until it does.
 
         Args:
             base_paths: model → its base path, as the server sees it.
             seconds: how long loading may take.
+            labels: label → version; a label is given when its version is there, as TF Serving wants it.
 
         Raises:
             ModelError: the server is away, a version does not load, or not in time.
@@ -184,6 +191,10 @@ class ModelClient:
                     grpc.StatusCode.DEADLINE_EXCEEDED, f"{what} at {self.address} is not done in {seconds:.0f} s"
                 )
             time.sleep(0.05)
+        if labels:
+            for config in request.config.model_config_list.config:
+                config.version_labels.update(labels)
+            self._call(self._management.HandleReloadConfigRequest, request, f"labelling of {what}", seconds)
 
     def _call(self, method: Any, request: Any, what: str, seconds: float | None = None) -> Any:
         try:

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from penstock.durable import replace_file
 from penstock.examples import read_slice
 from penstock.features import names_of
-from penstock.release import FEATURE_SERVICES, MODELS, base_path
+from penstock.release import FEATURE_SERVICES, MODELS, PROBE, ReleaseError, base_path
 from penstock.scoring import feed
+from serving import probe
 from serving.model_client import LOAD_SECONDS, ModelClient, ModelError, Signature
 
 VERSION = 1
@@ -43,6 +45,9 @@ def rehearse(examples: Path, recall: Path, rank: Path, out: Path, requests: int 
         recall, rank: the directories of the exported models.
         requests: how many; they are told apart only by their rows, which repeat when there are fewer.
 
+    `probe.json` beside it is what both models answer to a request that says nothing (`serving.probe`), as far as they
+    answer the same twice: by it a server that has loaded the release is told from one that has not.
+
     Returns:
         What was written: `requests`, `finite`, `largest_difference` (of probabilities, and of recall scores by the
         largest score), `p50_ms` and `p99_ms`; and `error`, a sentence, where there is no answer.
@@ -50,11 +55,20 @@ def rehearse(examples: Path, recall: Path, rank: Path, out: Path, requests: int 
     out.mkdir(parents=True, exist_ok=True)
     try:
         with _server({"recall": recall / "saved_model", "rank": rank / "saved_model"}) as client:
+            replace_file(out / PROBE, (json.dumps(_steady(client), indent=1) + "\n").encode())
             found = _asked(client, examples, recall, rank, requests) | {"error": None}
-    except (ModelError, RehearsalError, OSError, pl.exceptions.PolarsError) as error:
+    except (ModelError, ReleaseError, RehearsalError, OSError, pl.exceptions.PolarsError) as error:
         found = {"requests": 0, "finite": False, "error": str(error).splitlines()[0].rstrip(".")}
     (out / "rehearsal.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _steady(client: ModelClient) -> dict[str, dict[str, list[Any]]]:
+    once, again = (probe.answers(client, VERSION) for _ in range(2))
+    return {
+        model: {name: values for name, values in outputs.items() if values == again[model].get(name)}
+        for model, outputs in once.items()
+    }
 
 
 class RehearsalError(RuntimeError):

@@ -11,51 +11,86 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
 
 from penstock import release, routing
 from penstock.release import MODELS, ReleaseError, base_path
+from penstock.release_store import ReleaseStore
 from penstock.routing import Routing, RoutingError
-from serving.model_client import Input, ModelClient, ModelError
+from serving import probe
+from serving.model_client import ModelClient, ModelError
 from serving.settings import SettingsError, from_environment
 
-PROBE_ITEMS = 10
+KEEP = 10
+"""So many of the newest releases are kept, beside those in use."""
 
 
 class RolloutError(RuntimeError):
     """A release that must not go live, or a model server that cannot load it; what was live is live on."""
 
 
-def promote(home: Path, number: int, *, by: str, reason: str, model_server: str | None = None) -> Routing:
+@dataclass(frozen=True)
+class Servers:
+    """What an act talks to.
+
+    Args:
+        model_server: host:port of the gRPC API.
+        releases: the URL of the release store; empty: the releases of the home are all there are.
+        keep: how many of the newest releases outlive the next promotion.
+    """
+
+    model_server: str
+    releases: str = ""
+    keep: int = KEEP
+
+
+def servers(environment: Mapping[str, str]) -> Servers:
+    """By PENSTOCK_MODEL_SERVER, PENSTOCK_RELEASES and PENSTOCK_KEEP_RELEASES.
+
+    Raises:
+        SettingsError: one of them makes no sense.
+    """
+    settings = from_environment(environment)
+    keep = environment.get("PENSTOCK_KEEP_RELEASES") or str(KEEP)
+    if not keep.isdecimal() or int(keep) < 1:
+        raise SettingsError(f"PENSTOCK_KEEP_RELEASES is how many releases are kept, 1 or more, not {keep!r}")
+    return Servers(settings.model_server, settings.releases, int(keep))
+
+
+def promote(home: Path, number: int, *, by: str, reason: str, at: Servers | None = None) -> Routing:
     """Release `number` answers everybody.
 
     Args:
-        model_server: host:port; none: as the environment says.
+        at: what is talked to; none: what the environment says.
 
     Raises:
-        RolloutError: the release is not what was released, or does not load and answer.
+        RolloutError: the release is not what was released, or does not load and answer as it is known to.
     """
-    return _change(home, lambda before: routing.promote(before, number), by, reason, model_server)
+    return _change(home, lambda before: routing.promote(before, number), by, reason, at)
 
 
 def canary(
-    home: Path, number: int, share: float, *, by: str, reason: str = "canary", model_server: str | None = None
+    home: Path, number: int, share: float, *, by: str, reason: str = "canary", at: Servers | None = None
 ) -> Routing:
     """Release `number` answers `share` of the users beside the champion. Raises as `promote`."""
-    return _change(home, lambda before: routing.canary(before, number, share), by, reason, model_server)
+    return _change(home, lambda before: routing.canary(before, number, share), by, reason, at)
 
 
-def rollback(home: Path, *, by: str, reason: str, model_server: str | None = None) -> Routing:
-    """The former champion answers everybody again. Raises as `promote`, and if there is no former champion."""
-    return _change(home, routing.rollback, by, reason, model_server)
+def rollback(home: Path, *, by: str, reason: str, leaving: int | None = None, at: Servers | None = None) -> Routing:
+    """The former champion answers everybody again. Raises as `promote`, and if there is no former champion.
+
+    Args:
+        leaving: the release that is to answer nobody; where it does not answer any more, nothing is changed, so that
+            a repeated rollback does not go back twice.
+    """
+    return _change(home, lambda before: routing.rollback(before, leaving), by, reason, at)
 
 
-def withdraw(home: Path, *, by: str, reason: str) -> Routing:
-    """The champion alone answers: nothing is loaded for it, so it works whatever state the model server is in."""
+def withdraw(home: Path, *, by: str, reason: str, at: Servers | None = None) -> Routing:
+    """The champion alone answers. Nothing is loaded for it, so it works whatever state the model server is in."""
     path = _document(home)
     try:
         with routing.changing(path) as before:
@@ -63,88 +98,100 @@ def withdraw(home: Path, *, by: str, reason: str) -> Routing:
             if after != before:
                 after = routing.stamp(after, by, reason)
                 routing.write(path, after)
+                with _afterwards(), _client(_servers(at)) as client:
+                    loaded = {int(path.name) for path in base_path(home, MODELS[0]).glob("[0-9]*")}
+                    client.load(_base_paths(home), sorted(loaded), labels=_labels(after, loaded))
             return after
     except (RoutingError, OSError) as error:
-        raise RolloutError(str(error)) from error
+        raise RolloutError(f"nothing was changed: {error}") from error
 
 
-def load(home: Path, number: int, *, model_server: str | None = None) -> None:
+def load(home: Path, number: int, *, at: Servers | None = None) -> None:
     """Loads release `number` beside what is live and tries it; it answers nobody yet. Raises as `promote`."""
+    servers = _servers(at)
     try:
-        with routing.changing(_document(home)) as before, ModelClient(_address(model_server)) as client:
-            _load(home, client, before, (number,))
+        with routing.changing(_document(home)) as before, _client(servers) as client:
+            _load(home, client, servers, before, (number,))
     except (RoutingError, ReleaseError, ModelError, OSError) as error:
         raise RolloutError(f"release {number} is not loaded: {error}") from error
 
 
-def _change(home: Path, act: Callable[[Routing], Routing], by: str, reason: str, model_server: str | None) -> Routing:
-    path = _document(home)
+def _change(home: Path, act: Callable[[Routing], Routing], by: str, reason: str, at: Servers | None) -> Routing:
+    path, servers = _document(home), _servers(at)
     try:
-        with routing.changing(path) as before, ModelClient(_address(model_server)) as client:
+        with routing.changing(path) as before, _client(servers) as client:
             after = act(before)
-            loaded = _load(home, client, before, after.answering)
-            after = routing.stamp(after, by, reason)
-            routing.write(path, after)
-            release.unlink_all_but(home, loaded)
+            loaded = _load(home, client, servers, before, after.answering)
+            if after != before:
+                after = routing.stamp(after, by, reason)
+                routing.write(path, after)
+            with _afterwards():
+                client.load(_base_paths(home), loaded, labels=_labels(after, loaded))
+                release.unlink_all_but(home, loaded)
+            with _afterwards():
+                store = ReleaseStore(servers.releases) if servers.releases else None
+                gone = release.prune(home, after, servers.keep, store)
+                if (left := routing.without(after, gone)) != after:
+                    routing.write(path, left)
+                    after = left
             return after
     except (RoutingError, ReleaseError, ModelError, OSError) as error:
         raise RolloutError(f"nothing was changed: {error}") from error
+
+
+@contextmanager
+def _afterwards() -> Iterator[None]:
+    """What fails here fails after the document was replaced: it is told, and the next act or a reconcile mends it."""
+    try:
+        yield
+    except (ReleaseError, ModelError, RoutingError, SettingsError, OSError) as error:
+        print(f"rollout: it is done, but: {error}; `python -m local reconcile --mend` mends it", file=sys.stderr)
 
 
 def _document(home: Path) -> Path:
     return home / "routing.json"
 
 
-def _address(model_server: str | None) -> str:
-    return model_server or from_environment(os.environ).model_server
+def _servers(at: Servers | None) -> Servers:
+    return servers(os.environ) if at is None else at
 
 
-def _load(home: Path, client: ModelClient, before: Routing, answering: tuple[int, ...]) -> tuple[int, ...]:
+def _client(servers: Servers) -> ModelClient:
+    return ModelClient(servers.model_server)
+
+
+def _load(
+    home: Path, client: ModelClient, servers: Servers, before: Routing, answering: tuple[int, ...]
+) -> tuple[int, ...]:
     """Loads `answering` beside what was live (gateways read the document a moment later) and tries each of them.
 
     Returns:
         Everything that is loaded now.
     """
+    if servers.releases:
+        for number in answering:
+            ReleaseStore(servers.releases).fetch(home, number)
     there = set(release.releases(home))
     kept = {number for number in before.releases if number in there}
     manifests = {number: release.verify(home, number) for number in answering}
     loaded = tuple(sorted(kept | set(answering)))
     for number in loaded:
         release.link(home, number)
-    client.load({model: base_path(home.resolve(), model) for model in MODELS}, loaded)
+    client.load(_base_paths(home), loaded, labels=_labels(before, kept))
     for number, manifest in manifests.items():
-        probe(client, number, manifest["heads"])
+        probe.check(client, number, manifest["heads"], release.probe_answers(home, number))
+        release.verify(home, number)  # so that what was loaded is what was verified
     return loaded
 
 
-def probe(client: ModelClient, number: int, heads: list[str]) -> None:
-    """One request of a user of whom nothing is known, through recall and rank of release `number`.
-
-    Raises:
-        ReleaseError: recall gives no item, a head is missing, or a score is not finite.
-        ModelError: a call failed.
-    """
-    inputs = {name: _blank(spec, 1) for name, spec in client.signature("recall", number).inputs.items()}
-    inputs |= {"k": np.array(PROBE_ITEMS, np.int32)}
-    found = client.predict("recall", number, inputs)
-    there = found["ids"][0] >= 0
-    if not there.any() or not np.isfinite(found["scores"][0][there]).all():
-        raise ReleaseError(f"recall of release {number} gives no items with finite scores; do not use it")
-    ids = found["ids"][0][there]
-    inputs = {name: _blank(spec, len(ids)) for name, spec in client.signature("rank", number).inputs.items()}
-    if "item_id" in inputs:
-        inputs["item_id"] = ids
-    scores = client.predict("rank", number, inputs)
-    for head in heads:
-        if head not in scores or not np.isfinite(scores[head]).all():
-            raise ReleaseError(f"rank of release {number} gives no finite {head}; do not use it")
+def _labels(live: Routing, loaded: Collection[int]) -> dict[str, int]:
+    """The labels of the model server: `stable` is the champion, `canary` the challenger."""
+    named = {"stable": live.champion, "canary": live.challenger}
+    return {label: number for label, number in named.items() if number is not None and number in loaded}
 
 
-def _blank(spec: Input, rows: int) -> np.ndarray:
-    """An input that says nothing: zeros, or lists of nothing but padding."""
-    if spec.rank == 2:
-        return np.full((rows, 1), -1, spec.dtype)
-    return np.full(rows if spec.rank else (), b"" if spec.dtype.kind == "O" else 0, spec.dtype)
+def _base_paths(home: Path) -> dict[str, Path]:
+    return {model: base_path(home.resolve(), model) for model in MODELS}
 
 
 ACTS: dict[str, Callable[..., Routing]] = {
@@ -171,6 +218,8 @@ def main() -> None:
         act = acts.add_parser(name, help=text)
         if name in ("load", "promote", "canary"):
             act.add_argument("number", type=int)
+        if name == "rollback":
+            act.add_argument("--leaving", type=int, help="the release to leave; nothing is done if it is left already")
         if name == "canary":
             act.add_argument("--share", type=float, required=True)
         if name != "load":
@@ -179,7 +228,11 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         home = arguments.home.resolve() if arguments.home else from_environment(os.environ).home
-        words = {key: value for key, value in vars(arguments).items() if key in ("number", "share", "by", "reason")}
+        words = {
+            key: value
+            for key, value in vars(arguments).items()
+            if key in ("number", "share", "by", "reason", "leaving")
+        }
         if arguments.act == "show":
             result = routing.read(_document(home))
         elif arguments.act == "load":

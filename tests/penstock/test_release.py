@@ -33,16 +33,18 @@ def candidate(folder: Path, *, approved: bool = True) -> Candidate:
         "rank/metrics.json": '{"inputs": ["hour"], "validation": {}, "test": {"auc_click": 0.7}}',
         "weights/weights.json": '{"fusion": "weighted_sum", "weights": {"click": 0.5, "long_view": 1, "like": 0}}',
         "verdict/verdict.json": json.dumps(verdict),
+        "rehearsal/probe.json": '{"recall": {"ids": [7], "scores": [1.0]}, "rank": {"click": [0.5]}}',
         "report.html": "<p>report</p>",
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    return Candidate(folder / "recall", folder / "rank", folder / "weights", folder / "verdict", folder / "report.html")
+    parts = ("recall", "rank", "weights", "verdict", "rehearsal", "report.html")
+    return Candidate(*(folder / part for part in parts))
 
 
 def build(home: Path, made: Candidate, run_id: str = "run") -> int:
-    return release.build(home, made, approved_by="a person", run_id=run_id, git_revision="abc")
+    return release.build(home, made, approved_by="a person", run_id=run_id, git_revision="abc", environment="def")
 
 
 def test_a_release_is_what_its_manifest_says(tmp_path: Path) -> None:
@@ -57,6 +59,7 @@ def test_a_release_is_what_its_manifest_says(tmp_path: Path) -> None:
         "items.parquet",
         "weights.json",
         "verdict.json",
+        "probe.json",
         "report.html",
     }
     assert manifest["files"]["report.html"] == sha256(b"<p>report</p>").hexdigest()
@@ -67,7 +70,8 @@ def test_a_release_is_what_its_manifest_says(tmp_path: Path) -> None:
     assert manifest["inputs"] == {"recall": ["age"], "rank": ["hour"]}
     assert manifest["forced"] is None
     assert manifest["data_window"]["test_end"] == "2022-05-08T00:00:00+00:00"
-    assert {manifest[key] for key in ("approved_by", "run_id", "git_revision")} == {"a person", "run", "abc"}
+    said = {key: manifest[key] for key in ("approved_by", "run_id", "git_revision", "environment")}
+    assert said == {"approved_by": "a person", "run_id": "run", "git_revision": "abc", "environment": "def"}
     assert all(os.stat(file).st_mode & 0o222 == 0 for file in path.rglob("*") if file.is_file())
     assert [left.name for left in path.parent.iterdir() if left.name != ".lock"] == ["1"]
 
@@ -119,7 +123,7 @@ def test_a_candidate_that_the_gate_rejected_is_not_released(tmp_path: Path) -> N
 
 def test_a_rejected_candidate_is_forced_by_a_named_person_with_a_reason(tmp_path: Path) -> None:
     made, home = candidate(tmp_path, approved=False), tmp_path / "home"
-    said = {"run_id": "run", "git_revision": "abc", "approved_by": "ana"}
+    said = {"run_id": "run", "git_revision": "abc", "environment": "def", "approved_by": "ana"}
     assert release.build(home, made, **said, force_reason="the champion recommends what is withdrawn") == 1
     manifest = release.verify(home, 1)
     assert manifest["forced"] == {
@@ -146,12 +150,15 @@ def test_force_needs_a_rejection_a_name_and_a_reason(
     tmp_path: Path, approved: bool, by: str, reason: str, message: str
 ) -> None:
     made = candidate(tmp_path, approved=approved)
+    said = {"run_id": "run", "git_revision": "abc", "environment": "def", "approved_by": by}
     with pytest.raises(ReleaseError, match=message):
-        release.build(tmp_path / "home", made, approved_by=by, run_id="run", git_revision="abc", force_reason=reason)
+        release.build(tmp_path / "home", made, **said, force_reason=reason)
     assert release.releases(tmp_path / "home") == []
 
 
-@pytest.mark.parametrize("part", ["recall/items.parquet", "rank/saved_model/saved_model.pb", "report.html"])
+@pytest.mark.parametrize(
+    "part", ["recall/items.parquet", "rank/saved_model/saved_model.pb", "rehearsal/probe.json", "report.html"]
+)
 def test_a_candidate_with_a_part_missing_is_not_released(tmp_path: Path, part: str) -> None:
     made = candidate(tmp_path)
     (tmp_path / part).unlink()

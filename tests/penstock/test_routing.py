@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock import routing
@@ -90,7 +90,7 @@ def test_a_document_is_read_as_it_was_written(tmp_path: Path) -> None:
     routing.write(path, stamped)
     assert routing.read(path) == stamped
     assert json.loads(path.read_text())["previous"] == [1, 2]
-    assert [left.name for left in tmp_path.iterdir()] == ["routing.json"]
+    assert sorted(left.name for left in tmp_path.iterdir()) == ["routing.json", "routing.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,48 @@ def test_a_document_that_is_none_is_refused(tmp_path: Path, text: str, message: 
     path.write_text(text)
     with pytest.raises(RoutingError, match=message):
         routing.read(path)
+
+
+@pytest.mark.parametrize("damaged", ["", '{"champion": 3, "chal'])
+def test_a_damaged_document_is_taken_from_the_journal(tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "routing.json"
+    for document in (LIVE, PAIR):
+        routing.write(path, document)
+    path.write_text(damaged)
+    assert routing.read(path) == PAIR
+    with path.with_suffix(".jsonl").open("a") as journal:
+        journal.write('\n{"champion": 9')  # its writer was killed
+    assert routing.read(path) == PAIR
+    routing.write(path, LIVE)
+    assert [document["challenger"] for document in routing.history(path)] == [None, 4, None]
+    path.write_text(damaged)
+    assert routing.read(path) == LIVE
+
+
+def test_a_rollback_of_what_is_left_already_changes_nothing() -> None:
+    once = routing.rollback(LIVE, leaving=3)
+    assert once.champion == 2
+    assert routing.rollback(once, leaving=3) == once
+    assert routing.rollback(once, leaving=2).champion == 1
+
+
+def test_former_champions_that_are_gone_are_forgotten() -> None:
+    assert routing.without(PAIR, {1, 7}).previous == (2,)
+
+
+@settings(max_examples=50)
+@given(
+    pair=st.tuples(st.integers(1, 99), st.integers(100, 199)),
+    shares=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4),
+    users=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=20),
+)
+def test_a_user_never_changes_back_within_a_pair(pair: tuple[int, int], shares: list[float], users: list[int]) -> None:
+    champion, challenger = pair
+    live = Routing(champion=champion)
+    for user in users:
+        seen = [routing.variant(routing.canary(live, challenger, share), user) for share in sorted(shares)]
+        assert seen == sorted(seen, reverse=True)  # "challenger" stays once it is reached
+        assert routing.variant(routing.canary(live, challenger, 1.0), user) == "challenger"
 
 
 def test_changes_wait_for_each_other(tmp_path: Path) -> None:

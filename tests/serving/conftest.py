@@ -120,6 +120,10 @@ def build(home: Path, folder: Path, *, broken: bool = False) -> int:
     number = max(release.releases(home), default=0) + 1
     save(Recall(number), "recommend", folder / "recall" / "saved_model")
     save(Rank(number, broken), "predict", folder / "rank" / "saved_model")
+    known = {
+        "recall": {"ids": [number * CATALOGUE + place for place in range(10)], "scores": [40.0 - n for n in range(10)]},
+        "rank": {"click": [1.0] * 10, "long_view": [0.0] * 10, "like": [0.0] * 10},
+    }
     files = {
         "recall/items.parquet": "vectors",
         "recall/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
@@ -128,13 +132,16 @@ def build(home: Path, folder: Path, *, broken: bool = False) -> int:
         "rank/metrics.json": '{"inputs": [], "validation": {}, "test": {}}',
         "weights/weights.json": json.dumps({"fusion": fusion_of(number), "weights": WEIGHTS}),
         "verdict/verdict.json": '{"approved": true, "sentence": "", "champion": null, "heads": {}, "data_window": {}}',
+        "rehearsal/probe.json": json.dumps(known),
         "report.html": "<p>report</p>",
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    made = Candidate(folder / "recall", folder / "rank", folder / "weights", folder / "verdict", folder / "report.html")
-    built = release.build(home, made, approved_by="a person", run_id=f"run {number}", git_revision="abc")
+    parts = ("recall", "rank", "weights", "verdict", "rehearsal", "report.html")
+    made = Candidate(*(folder / part for part in parts))
+    said = {"run_id": f"run {number}", "git_revision": "abc", "environment": "def", "approved_by": "a person"}
+    built = release.build(home, made, **said)
     assert built == number
     return number
 

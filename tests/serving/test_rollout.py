@@ -12,7 +12,7 @@ from penstock import release, routing
 from penstock.routing import Routing
 from serving import rollout
 from serving.model_client import ModelClient
-from serving.rollout import RolloutError
+from serving.rollout import RolloutError, Servers
 from tests.serving.conftest import System, build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_a_rollback_without_a_former_release_is_refused(system: System) -> None:
 
 @pytest.mark.parametrize("act", ["promote", "canary", "load"])
 def test_without_a_model_server_nothing_changes(system: System, act: str) -> None:
-    words: dict = {"model_server": "127.0.0.1:1"}
+    words: dict = {"at": Servers("127.0.0.1:1")}
     words |= {} if act == "load" else {"by": "ana", "reason": "x"}
     words |= {"share": 0.5} if act == "canary" else {}
     with pytest.raises(RolloutError, match=r"127\.0\.0\.1:1: the model server does not answer"):
