@@ -117,8 +117,13 @@ class ModelClient:
         self._signatures[model, version] = known
         return known
 
-    def predict(self, model: str, version: int, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def predict(
+        self, model: str, version: int, inputs: Mapping[str, np.ndarray], seconds: float | None = None
+    ) -> dict[str, np.ndarray]:
         """The outputs of a version's default signature by name.
+
+        Args:
+            seconds: deadline of this call; None: that of the client.
 
         Raises:
             ModelError: the call failed.
@@ -128,7 +133,7 @@ class ModelClient:
         request.model_spec.version.value = version
         for name, array in inputs.items():
             request.inputs[name].CopyFrom(to_tensor(array))
-        response = self._call(self._prediction.Predict, request, f"{model} version {version}")
+        response = self._call(self._prediction.Predict, request, f"{model} version {version}", seconds)
         return {name: from_tensor(tensor) for name, tensor in response.outputs.items()}
 
     def ready(self, model: str, version: int) -> bool:
