@@ -23,11 +23,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from penstock import routing
 from penstock.feedback import FeedbackReader
 from penstock.routing import Routing
 from penstock.sequential import Array, Difference, SplitTest, Sums
@@ -39,6 +41,8 @@ VARIANTS = ("champion", "challenger")
 COLUMNS = ("requests", "impressions", "click", "long_view", "watch_ms", "degraded")
 SETTLE_MS = 2000
 """After a change of the routing document: gateways notice within a second, and finish what they had begun."""
+CLOCKS_MS = 500
+"""How far the clocks of gateways may be from the one here."""
 
 
 @dataclass(frozen=True)
@@ -277,14 +281,20 @@ class Experiment:
         self._split_test = SplitTest(split.share) if split.share < 1 else None
         self._scales: dict[str, float] = {}
         self._next_look = 0
+        self._held: list[dict[str, Any]] = []
 
-    def read(self) -> None:
-        """Takes the records that were not there before.
+    def read(self, until_ms: int | None = None) -> None:
+        """Takes the records that were not there before; those from `until_ms` on, if it is given, are left for later.
 
         Raises:
             LineError: the feedback log cannot be read.
         """
-        for record in self._reader.read():
+        records = chain(self._held, self._reader.read())
+        self._held = []
+        for record in records:
+            if until_ms is not None and record["arrived_ms"] >= until_ms:
+                self._held = [record]
+                return
             if record.get("kind") == "impressions":
                 self._impressions(record)
             elif record.get("kind") == "outcomes":
@@ -484,6 +494,39 @@ class Experiment:
             "minimum": dataclasses.asdict(minimum),
             "config": dataclasses.asdict(self.config),
         }
+
+
+class Watch:
+    """A canary, followed as long as it is routed.
+
+    Attributes:
+        experiment: as it was when the canary was last seen to be routed; another one after a change of the share.
+    """
+
+    def __init__(self, home: Path, split: Split, config: Config, minimum: Minimum) -> None:
+        self._home, self._config, self._minimum = home, config, minimum
+        self.experiment = Experiment(home / "feedback", split, config)
+
+    def look(self, now_ms: int) -> Verdict | None:
+        """The verdict by what had arrived at a time that is now, ms since 1970; None if the pair is no longer routed.
+
+        Records are taken up to then only: those of after the canary's end are not of it.
+
+        Raises:
+            LineError: the feedback log cannot be read.
+            RoutingError: the routing document cannot be.
+        """
+        split = self.experiment.split.now(routing.read(self._home / "routing.json"))
+        if split is None:
+            return None
+        if split != self.experiment.split:
+            self.experiment = Experiment(self._home / "feedback", split, self._config)
+        self.experiment.read(now_ms - CLOCKS_MS)
+        return self.verdict(now_ms)
+
+    def verdict(self, now_ms: int) -> Verdict:
+        """By what was read so far."""
+        return self.experiment.verdict(self._minimum, now_ms)
 
 
 def metrics(document: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import pytest
 
 import penstock
 from penstock import experiment, routing
-from penstock.experiment import MEASURES, NAMES, SETTLE_MS, Config, Experiment, Minimum, Split
+from penstock.experiment import CLOCKS_MS, MEASURES, NAMES, SETTLE_MS, Config, Experiment, Minimum, Split, Watch
 from penstock.experiment_page import counts_table, markdown, measures_table, write_experiment
 from penstock.feedback import FeedbackLog
 from penstock.routing import Routing
@@ -316,6 +316,52 @@ def test_a_split_is_what_the_document_routes_from_its_last_change_on() -> None:
     for ended in (routing.withdraw(stamped), routing.promote(stamped, 2), routing.canary(stamped, 3, 0.3)):
         assert split.now(ended) is None
     assert Split.of(Routing(champion=1)) is None
+
+
+def test_a_watch_follows_what_is_routed_and_takes_nothing_of_after_its_end(feed: Feed) -> None:
+    home = feed.directory.parent
+    long_ago = "2000-01-01T00:00:00.000+00:00"
+    document = replace(routing.stamp(PAIR, "ana", ""), updated_at=long_ago)
+    routing.write(home / "routing.json", document)
+    split = Split.of(document)
+    assert split
+    watch = Watch(home, split, EAGER, SOON)
+    feed.live(200)
+    path = next(feed.directory.glob("*.jsonl"))
+    arrived = [json.loads(line)["arrived_ms"] for line in path.read_text().splitlines()]
+
+    before = watch.look(arrived[0] + CLOCKS_MS)  # nothing had arrived before the first
+    assert before
+    assert before.document["variants"]["champion"]["requests"] == 0
+    half = arrived[200]
+    assert watch.look(half + CLOCKS_MS)
+    found = watch.experiment.verdict(SOON, 0).document["variants"]
+    assert sum(found[name]["requests"] for name in found) == sum(time < half for time in arrived[::2])
+    assert watch.look(arrived[-1] + CLOCKS_MS + 1)
+    whole = watch.experiment.verdict(SOON, 0)
+    assert sum(whole.document["variants"][name]["requests"] for name in found) == 200
+    assert whole.document == followed(feed, split).verdict(SOON, 0).document  # however often it was read
+
+    routing.write(home / "routing.json", routing.withdraw(document))
+    feed.live(50, share=0.0)  # whom the challenger answered meets the champion
+    assert watch.look(arrived[-1] + 10**6) is None
+    assert watch.verdict(0).document == whole.document
+
+
+def test_a_share_that_is_changed_by_hand_begins_anew(feed: Feed) -> None:
+    home = feed.directory.parent
+    document = replace(PAIR, updated_at="2000-01-01T00:00:00.000+00:00")
+    routing.write(home / "routing.json", document)
+    split = Split.of(document)
+    assert split
+    watch = Watch(home, split, EAGER, SOON)
+    feed.live(300)
+    assert watch.look(10**14)
+    routing.write(home / "routing.json", replace(document, share=0.6, updated_at="2100-01-01T00:00:00.000+00:00"))
+    again = watch.look(10**14)
+    assert again
+    assert again.document["split"]["share"] == 0.6
+    assert again.document["variants"]["champion"]["requests"] == 0  # all of it was of before the change
 
 
 @pytest.mark.parametrize(
