@@ -6,17 +6,23 @@ import json
 import os
 import time
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import Param, PokeReturnValue, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from dags.assets import CANDIDATE, TURNED_DOWN, newest
-from dags.stages import environment, follow_routing, git_revision, home, run, tracking_uri, uri
+from dags.stages import environment, folder, follow_routing, git_revision, home, run, tracking_uri, uri
 
-CANARY = {"share": 0.2, "min_impressions": 200, "wait_minutes": 60}
+if TYPE_CHECKING:
+    from penstock.experiment import Verdict, Watch
+
+CANARY = {"share": 0.2, "min_impressions": 200, "min_users": 30, "wait_minutes": 60}
+GUARD = "guardrail"
+"""Who withdraws a canary that nobody had to be asked about."""
 # an answer within seconds of the question can meet the executor's late report of the question, and fail
 ASKED_AGAIN: dict[str, Any] = {"retries": 1, "retry_delay": timedelta(seconds=5)}
 APPROVERS = [{"id": "admin", "name": "admin"}]
@@ -76,30 +82,67 @@ def question(verdict: dict[str, Any], where: list[str], force_reason: str, asked
     return Question("FORCED, the gate REJECTED it: ", "\n\n".join([*loud, *facts]))
 
 
-def online_counts(directory: Path, releases: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Impressions, clicks and long views of each variant (name → its release), from the gateway's own log."""
-    import polars as pl
+def check_ab(overrides: dict[str, Any]) -> None:
+    """Fails on settings by which no canary can be judged, before any work is done."""
+    import penstock
+    from penstock import experiment
 
-    from penstock.feedback import read_feedback
-
-    shown = read_feedback(directory)
-    counts = {}
-    for variant, number in releases.items():
-        part = shown.filter(pl.col("variant") == variant, pl.col("release") == number)
-        counts[variant] = {"impressions": part.height} | {
-            name: int(part[name].sum()) for name in ("click", "long_view")
-        }
-    return counts
+    try:
+        faults = penstock.config(experiment, overrides).faults()
+    except ValueError as error:
+        faults = [str(error)]
+    if faults:
+        raise AirflowFailException(f"ab_policy: {'; '.join(faults)}")
 
 
-def evidence_table(releases: dict[str, int], counts: dict[str, dict[str, int]]) -> str:
-    """What users did with each variant, as a Markdown table."""
-    lines = ["| variant | release | impressions | clicks | long views |", "|---|---|---|---|---|"]
-    for variant, number in releases.items():
-        shown, *done = (counts[variant][name] for name in ("impressions", "click", "long_view"))
-        rates = " | ".join(f"{count / shown:.2%}" if shown else "–" for count in done)
-        lines.append(f"| {variant} | {number} | {shown} | {rates} |")
-    return "\n".join(lines)
+@cache
+def watch(place: Path, started: str) -> Watch:
+    """The canary that the task `canary` tells of, in JSON: one in a process, so that each look reads what is new."""
+    import penstock
+    from penstock import experiment
+
+    said = json.loads(started)
+    split, minimum = experiment.Split(**said["split"]), experiment.Minimum(**said["minimum"])
+    return experiment.Watch(place, split, penstock.config(experiment, said["policy"]), minimum)
+
+
+def look(started: dict[str, Any]) -> tuple[Watch, Verdict | None]:
+    """What users did with a canary so far; no verdict if it is no longer routed."""
+    watched = watch(home(), json.dumps(started, sort_keys=True))
+    return watched, watched.look(time.time_ns() // 1_000_000)
+
+
+def keep(watched: Watch, verdict: Verdict) -> dict[str, Any]:
+    """Writes the page of the evidence and records it in the run of the candidate; what the next tasks say of it."""
+    from components import tracking
+    from penstock.experiment import metrics
+    from penstock.experiment_page import counts_table, markdown, measures_table, write_experiment
+
+    run_id = get_current_context()["ti"].xcom_pull(task_ids="candidate")["run_id"]
+    page, figures = write_experiment(watched.experiment, verdict, folder("evidence"))
+    tracking.add_to_run(tracking_uri(), run_id, metrics(verdict.document), [page, figures])
+    link = tracking.run_url(tracking_uri(), run_id)
+    where = f"[evidence.html]({link}/artifacts/evidence.html)" if link else f"`{page}`"
+    tables = [table(verdict.document) for table in (measures_table, counts_table)]
+    failed = [f"**{check.name}**: {check.reason}" for check in verdict.checks if not check.passed]
+    parts = [verdict.sentence, *failed, *(markdown(names, rows) for names, rows in tables if rows), where]
+    return {
+        "action": verdict.action,
+        "sentence": verdict.sentence,
+        "body": "\n\n".join(parts),
+        "tables": [[names, rows] for names, rows in tables if rows],
+        "measures": verdict.document["measures"],
+    }
+
+
+def withdraw_by(started: dict[str, Any], by: str, reason: str) -> None:
+    """The canary answers nobody, at once; one that is over, or another one, is left alone."""
+    from penstock import routing
+    from serving import rollout
+
+    if routing.read(home() / "routing.json").challenger == started["split"]["challenger"]:
+        rollout.withdraw(home(), by=by, reason=reason)
+    follow_routing()
 
 
 class Answer(NamedTuple):
@@ -145,13 +188,20 @@ def with_force(reason: str) -> str:
         "require_replay": Param(
             True, type="boolean", description="a lower share fails the run; without, a person decides by it"
         ),
+        "ab_policy": Param(
+            {}, type="object", description="of guardrails and confidence those that differ, as in docs/ab.md"
+        ),
     },
     doc_md="""
     ### From a candidate to what users get
     A person approves the candidate by the gate's verdict and the report; silence for a day is a rejection.
-    The first release is promoted at once. Later ones answer a `share` of the users first (the canary); when it has been
-    shown `min_impressions` times, or after `wait_minutes`, a person approves its promotion by what the A/B split has
-    shown, or it is withdrawn. The approver sets the three in the form of the approval.
+    The first release is promoted at once. Later ones answer a `share` of the users first (the canary); when `min_users`
+    have been shown `min_impressions`, or after `wait_minutes`, a person approves its promotion by the A/B evidence, or
+    it is withdrawn. The approver sets the four in the form of the approval.
+
+    A canary that is worse than a **guardrail** allows is withdrawn without asking anybody, also while a person is being
+    asked, and the run is a success that promoted nothing. Evidence that is broken (a split that is not the share, users
+    who met both releases) withdraws it and fails the run. `ab_policy` sets the guardrails.
 
     With `force_reason` it takes the newest candidate that the gate has **turned down** instead. The approval says so,
     and why; who answers it is named in the manifest with the reason. It goes through canary and replay as any other.
@@ -174,6 +224,7 @@ def release() -> None:
         from penstock import routing
 
         context = get_current_context()
+        check_ab(dict(context["params"]["ab_policy"]))
         reason = context["params"]["force_reason"]
         if reason:
             found = newest(
@@ -208,6 +259,7 @@ def release() -> None:
             "min_impressions": Param(
                 CANARY["min_impressions"], type="integer", minimum=0, description="before promotion"
             ),
+            "min_users": Param(CANARY["min_users"], type="integer", minimum=0, description="the same of its users"),
             "wait_minutes": Param(CANARY["wait_minutes"], type="integer", minimum=0, description="for them, at most"),
         },
         doc_md="A person decides by the verdict and the report. No answer within a day is a rejection.",
@@ -240,31 +292,75 @@ def release() -> None:
 
     @task(retries=1, retry_delay=timedelta(seconds=5), doc_md="The release answers a share of the users.")
     def canary(found: dict[str, Any], number: int) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        from penstock.experiment import Split
+        from penstock.feedback import last_sequence
         from serving import rollout
 
         said = answer("approve")
-        reason = f"canary of run {get_current_context()['run_id']}"
-        rollout.canary(home(), number, float(said.form["share"]), by=said.by, reason=with_force(reason))
+        context = get_current_context()
+        after = last_sequence(home() / "feedback")
+        reason = with_force(f"canary of run {context['run_id']}")
+        routed = rollout.canary(home(), number, float(said.form["share"]), by=said.by, reason=reason)
         follow_routing()
-        pair = {"champion": found["champion"], "challenger": number}
-        before = online_counts(home() / "feedback", pair)
-        return {"releases": pair, "before": before, "since": time.time(), "form": said.form}
+        split = Split.of(routed, after)
+        if split is None:
+            raise AirflowFailException(f"release {number} is no canary any more: somebody has changed the routing")
+        minimum = {
+            "impressions": said.form["min_impressions"],
+            "users": said.form["min_users"],
+            "wait_minutes": said.form["wait_minutes"],
+        }
+        return {"split": asdict(split), "minimum": minimum, "policy": context["params"]["ab_policy"]}
 
-    # it stays in its worker: a reschedule after seconds can meet the executor's late report of the last poke and fail
+    # both stay in their worker: a reschedule can meet the executor's late report of the last poke and fail
     @task.sensor(
         mode="poke",
         poke_interval=5,
         timeout=timedelta(days=8).total_seconds(),
         execution_timeout=timedelta(days=8),
-        doc_md="Waits until the canary has been shown often enough, or long enough, and tells how both variants fare.",
+        doc_md="Waits for enough evidence to ask a person by. Withdraws the canary at once if a guardrail is breached, "
+        "and fails if the evidence is broken.",
     )
     def evidence(started: dict[str, Any]) -> PokeReturnValue:
-        form = started["form"]
-        now, before = online_counts(home() / "feedback", started["releases"]), started["before"]
-        counts = {name: {key: now[name][key] - before[name][key] for key in now[name]} for name in now}
-        enough = counts["challenger"]["impressions"] >= form["min_impressions"]
-        waited = time.time() - started["since"] >= form["wait_minutes"] * 60
-        return PokeReturnValue(enough or waited, evidence_table(started["releases"], counts))
+        watched, verdict = look(started)
+        if verdict is None:
+            ended = "Somebody has ended the canary, by a rollback or by hand."
+            print(ended)
+            return PokeReturnValue(True, {"action": "ended", "sentence": ended})
+        if verdict.action == "wait":
+            return PokeReturnValue(False)
+        if verdict.action != "ask":
+            withdraw_by(started, GUARD, verdict.sentence)
+        found = keep(watched, verdict)
+        print(verdict.sentence)
+        if verdict.action == "fail":
+            raise AirflowFailException(
+                f"release {watched.experiment.split.challenger} is withdrawn. {verdict.sentence}"
+            )
+        return PokeReturnValue(True, found)
+
+    @task.sensor(
+        mode="poke",
+        poke_interval=5,
+        timeout=timedelta(days=8).total_seconds(),
+        execution_timeout=timedelta(days=8),
+        doc_md="Goes on watching the canary while a person is asked, until it is promoted or withdrawn; withdraws it "
+        "itself if a guardrail is breached meanwhile.",
+    )
+    def guard(started: dict[str, Any]) -> bool:
+        watched, verdict = look(started)
+        if verdict is None:
+            if watched.experiment.looks:
+                keep(watched, watched.verdict(time.time_ns() // 1_000_000))
+            return True
+        if verdict.action in ("wait", "ask"):
+            return False
+        withdraw_by(started, GUARD, verdict.sentence)
+        keep(watched, verdict)
+        print(verdict.sentence)
+        return True
 
     @task(
         trigger_rule="none_failed_min_one_success",
@@ -275,7 +371,9 @@ def release() -> None:
 
         context = get_current_context()
         params = context["params"]
-        found, number = (context["ti"].xcom_pull(task_ids=name) for name in ("candidate", "build"))
+        found, number, shown = (context["ti"].xcom_pull(task_ids=name) for name in ("candidate", "build", "evidence"))
+        if shown is not None and shown["action"] != "ask":
+            raise AirflowSkipException(f"nobody is asked to promote release {number}. {shown['sentence']}")
         if not Path(found.get("log") or "nowhere").is_dir():
             raise AirflowFailException("the log that this release was trained on is gone: trigger the DAG `prepare`")
         outputs = run(
@@ -303,7 +401,7 @@ def release() -> None:
         body="{{ ti.xcom_pull(task_ids='candidate')['sentence'] }}\n\n"
         "{{ ti.xcom_pull(task_ids='candidate')['body'] }}\n\n"
         "{{ ti.xcom_pull(task_ids='replay')['body'] }}\n\nOnline so far:\n\n"
-        "{{ ti.xcom_pull(task_ids='evidence') }}",
+        "{{ ti.xcom_pull(task_ids='evidence')['body'] }}",
         assigned_users=APPROVERS,
         defaults=ApprovalOperator.REJECT,
         response_timeout=timedelta(days=7),
@@ -318,30 +416,38 @@ def release() -> None:
         doc_md="The release answers everybody. Whether a run has promoted is told by this task.",
     )
     def promote() -> int:
+        from penstock import routing
         from serving import rollout
 
         context = get_current_context()
-        first = context["ti"].xcom_pull(task_ids="candidate")["champion"] is None
+        found, started, built = (context["ti"].xcom_pull(task_ids=name) for name in ("candidate", "canary", "build"))
+        first, number = found["champion"] is None, int(built)
         said = answer("approve" if first else "approve_promotion")
         if not said.approved:
             raise AirflowFailException("nobody has approved this promotion")
-        number = int(context["ti"].xcom_pull(task_ids="build"))
+        live = routing.read(home() / "routing.json")
+        if not first and live.champion != number:  # it is when an interrupted try is repeated
+            _, verdict = look(started)
+            if verdict is None:
+                ended = f"it was ended by {live.by}: {live.reason}"
+                raise AirflowFailException(f"release {number} is no canary any more, {ended}")
+            if verdict.action not in ("wait", "ask"):
+                withdraw_by(started, GUARD, verdict.sentence)
+                raise AirflowFailException(f"release {number} is withdrawn, not promoted. {verdict.sentence}")
         rollout.promote(home(), number, by=said.by, reason=with_force(f"approved in run {context['run_id']}"))
         return number
 
     # whatever became of the tasks before it: a canary that nobody can judge is none
     @task(trigger_rule="all_done", doc_md="A canary that was turned down, or that failed its replay, answers nobody.")
     def withdraw() -> None:
-        from serving import rollout
-
         context = get_current_context()
-        if context["ti"].xcom_pull(task_ids="canary") is None:
+        started = context["ti"].xcom_pull(task_ids="canary")
+        if started is None:
             raise AirflowSkipException("there was no canary")
         said = answer("approve_promotion")
         if said.approved:
             raise AirflowSkipException("its promotion was approved")
-        rollout.withdraw(home(), by=said.by, reason=f"not promoted in run {context['run_id']}")
-        follow_routing()
+        withdraw_by(started, said.by, f"not promoted in run {context['run_id']}")
 
     @task(
         trigger_rule="none_failed_min_one_success",
@@ -357,13 +463,15 @@ def release() -> None:
     way = road(found, number)
     started = canary(found, number)
     shown = evidence(started)
+    watching = guard(started)
     # these hang on nothing else: with any other success above them a rejection would let them run
     replayed = replay()
     promoted = promote()
     withdrawn = withdraw()
     found >> approve >> number
     way >> [started, replayed]
-    shown >> replayed >> [approve_promotion, promoted]
+    shown >> [replayed, watching]
+    replayed >> [approve_promotion, promoted]
     shown >> approve_promotion >> promoted
     [started, promoted] >> withdrawn
     [promoted, withdrawn] >> aliases()

@@ -31,6 +31,7 @@ VISITS = 600
 SHARE = 0.2
 SIGN_OF_LIFE_SECONDS = 20
 MIN_IMPRESSIONS = 800
+MIN_USERS = 40
 READING_SECONDS = 4
 """Between an approval's appearance and its answer: Airflow fails an answer that overtakes the asking task's exit."""
 
@@ -244,10 +245,15 @@ class Demo:
     def release(self, airflow: Airflow, run_id: str) -> bool:
         """Follows a release and answers its approvals; whether it was promoted."""
         seen: dict[tuple[str, int], float] = {}
-        sent = replayed = False
+        sent = replayed = judged = False
 
         def each(tasks: list[Task]) -> None:
-            nonlocal sent, replayed
+            nonlocal sent, replayed, judged
+            if not judged and any(task["task_id"] == "evidence" and task["state"] == "success" for task in tasks):
+                judged = True
+                shown = airflow.xcom("release", run_id, "evidence")
+                if shown["action"] != "ask":
+                    self._say(f"  {shown['sentence']}")
             if not replayed and any(task["task_id"] == "replay" and task["state"] == "success" for task in tasks):
                 replayed = True
                 self._say(f"  {airflow.xcom('release', run_id, 'replay')['sentence']}")
@@ -267,12 +273,19 @@ class Demo:
 
     def _answer(self, airflow: Airflow, run_id: str, task: str, approval: dict[str, Any]) -> None:
         self._say(f"\n  Airflow asks: {approval['subject']}")
-        online = approval["body"].partition("Online so far:")[2]
         option, why = "Approve", "the gate approved it"
-        if online:
-            self._table("online, so far", *_parse_table(online))
-            option, why = decide(*_counts(online))
-        form = {"share": SHARE, "wait_minutes": 2, "min_impressions": MIN_IMPRESSIONS if self._traffic else 0}
+        if task == "approve_promotion":
+            shown = airflow.xcom("release", run_id, "evidence")
+            for names, rows in shown["tables"]:
+                self._table("online, so far", names, rows)
+            self._say(f"  {shown['sentence']}")
+            option, why = decide(shown["measures"])
+        form = {
+            "share": SHARE,
+            "wait_minutes": 2,
+            "min_impressions": MIN_IMPRESSIONS if self._traffic else 0,
+            "min_users": MIN_USERS if self._traffic else 0,
+        }
         said = airflow.answer("release", run_id, task, option, form if task == "approve" else {})
         who = said["responded_by"]["name"]
         self._say(f"  → answered over the REST API as user {who}: {option} ({why})\n")
@@ -386,18 +399,14 @@ class Traffic:
         return len(shown), sum(act["click"] for act in acts)
 
 
-def decide(champion: tuple[int, float], challenger: tuple[int, float]) -> tuple[str, str]:
-    """Promotes unless the challenger's click rate is below the champion's by two standard errors.
-
-    Both come as (impressions, click rate).
-    """
-    (shown, rate), (others, other) = champion, challenger
-    if not shown or not others:
-        return "Approve", "the gate approved it; nobody has seen it yet"
-    error = (rate * (1 - rate) / shown + other * (1 - other) / others) ** 0.5
-    if other < rate - 2 * error:
-        return "Reject", f"its click rate is below the champion's by more than two standard errors ({error:.2%})"
-    return "Approve", f"its click rate is not below the champion's by two standard errors ({error:.2%})"
+def decide(measures: dict[str, dict[str, Any]]) -> tuple[str, str]:
+    """Promotes unless the evidence says that a measure is worse; a breached guardrail has withdrawn it before."""
+    if not measures:
+        return "Approve", "the gate approved it; too few have seen it yet"
+    worse = [name.replace("_", " ") for name, found in measures.items() if found["result"] == "worse"]
+    if worse:
+        return "Reject", f"{', '.join(worse)}: worse than the champion's, with confidence"
+    return "Approve", "the gate approved it, and no measure is worse with confidence"
 
 
 def some_users(examples: Path, count: int = 4) -> tuple[int, list[tuple[int, list[int]]], dict[int, str]]:
@@ -421,19 +430,6 @@ def some_users(examples: Path, count: int = 4) -> tuple[int, list[tuple[int, lis
 
 def _interval(low: float, high: float, sign: str = "") -> str:
     return f"{low:{sign}.4f} to {high:{sign}.4f}"
-
-
-def _parse_table(markdown: str) -> tuple[list[str], list[list[str]]]:
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return header, rows
-
-
-def _counts(markdown: str) -> list[tuple[int, float]]:
-    """Impressions and click rate of champion and challenger."""
-    header, rows = _parse_table(markdown)
-    shown, clicks = header.index("impressions"), header.index("clicks")
-    return [(int(row[shown]), float(row[clicks].strip("%–") or 0) / 100) for row in rows]
 
 
 def _name(task: Task) -> str:

@@ -160,7 +160,7 @@ def test_nothing_reaches_promote_past_a_rejection(parsed: dict[str, Any]) -> Non
 
     first = outcome(tasks, {"canary": "skipped", "road": "success"})
     assert (first["replay"], first["promote"]) == ("success", "success")
-    assert (first["evidence"], first["approve_promotion"]) == ("skipped", "skipped")
+    assert {first[name] for name in ("evidence", "guard", "approve_promotion")} == {"skipped"}
 
     withdrawn = outcome(tasks, {"promote": "skipped"})
     assert (withdrawn["withdraw"], withdrawn["aliases"]) == ("success", "success")
@@ -173,6 +173,25 @@ def test_a_release_that_fails_its_replay_is_not_promoted_and_its_canary_ends(par
         assert (failed["promote"], failed["approve_promotion"]) == ("upstream_failed", "upstream_failed")
         assert failed["withdraw"] == "success"
         assert failed["aliases"] == "upstream_failed"  # the run's last task: the run is a failure
+
+
+def test_a_withdrawn_canary_asks_nobody_and_broken_evidence_fails_the_run(parsed: dict[str, Any]) -> None:
+    tasks = parsed["dags"]["release"]["tasks"]
+    # a guardrail: replay skips itself
+    harmful = outcome(tasks, {"evidence": "success", "replay": "skipped"})
+    assert (harmful["approve_promotion"], harmful["promote"]) == ("skipped", "skipped")
+    assert (harmful["withdraw"], harmful["aliases"], harmful["guard"]) == ("success", "success", "success")
+
+    broken = outcome(tasks, {"evidence": "failed"})
+    assert {broken[name] for name in ("replay", "approve_promotion", "promote", "guard")} == {"upstream_failed"}
+    assert (broken["withdraw"], broken["aliases"]) == ("success", "upstream_failed")
+
+
+def test_a_canary_is_watched_while_a_person_is_asked(parsed: dict[str, Any]) -> None:
+    tasks = parsed["dags"]["release"]["tasks"]
+    assert tasks["guard"]["upstream"] == ["canary", "evidence"]
+    # it ends when the canary does, so nothing that ends a canary may wait for it
+    assert not [name for name, task in tasks.items() if "guard" in task["upstream"]]
 
 
 def test_a_promotion_is_asked_for_with_the_evidence_and_the_replay(parsed: dict[str, Any]) -> None:
@@ -228,7 +247,7 @@ def test_the_best_model_is_chosen_by_the_validation_slice(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("airflow_home")
 def test_the_tables_a_person_decides_by() -> None:
-    from dags.release import evidence_table, primary_line, verdict_table
+    from dags.release import primary_line, verdict_table
 
     policy = {"confidence": 0.95}
     head = {"auc": 0.7, "low": 0.69, "high": 0.71, "champion": 0.68, "popularity": 0.6}
@@ -250,13 +269,6 @@ def test_the_tables_a_person_decides_by() -> None:
         "**gauc click** of the fused score: **0.7000**, single head 0.6800: +0.0200 (95% interval +0.0110 to +0.0290)"
     )
     assert primary_line({"primary": {}}) == verdict_table({"heads": {}}) == ""
-
-    counts = {
-        "champion": {"impressions": 200, "click": 50, "long_view": 10},
-        "challenger": {"impressions": 0, "click": 0, "long_view": 0},
-    }
-    table = evidence_table({"champion": 1, "challenger": 2}, counts)
-    assert table.splitlines()[2:] == ["| champion | 1 | 200 | 25.00% | 5.00% |", "| challenger | 2 | 0 | – | – |"]
 
 
 @pytest.mark.usefixtures("airflow_home")
@@ -302,20 +314,16 @@ def test_a_forced_release_is_started_by_hand_and_asked_for_as_any_other(parsed: 
 
 
 @pytest.mark.usefixtures("airflow_home")
-def test_online_counts_are_by_variant_and_release(tmp_path: Path) -> None:
-    from dags.release import online_counts
-    from penstock.feedback import FeedbackLog
+def test_settings_by_which_no_canary_can_be_judged_fail_before_any_work() -> None:
+    from airflow.sdk.exceptions import AirflowFailException
 
-    where = {"time_ms": 1_000, "scenario": 0, "device": 0, "features_us": 0}
-    with FeedbackLog(tmp_path) as log:
-        log.impressions(1, 7, [10, 11], **where, release=1, variant="champion")
-        log.impressions(2, 8, [10], **where, release=2, variant="challenger")
-        log.impressions(3, 8, [10], **where, release=9, variant="challenger")
-        log.outcomes(1, [{"item_id": 11, "click": 1, "long_view": 1}])
+    from dags.release import check_ab
 
-    counts = online_counts(tmp_path, {"champion": 1, "challenger": 2})
-
-    assert counts == {
-        "champion": {"impressions": 2, "click": 1, "long_view": 1},
-        "challenger": {"impressions": 1, "click": 0, "long_view": 0},
-    }
+    check_ab({})
+    check_ab({"guardrails": {"watch_time": 0.1}, "confidence": 0.99})
+    for policy, says in (
+        ({"guardrail": {}}, "ab_policy: unknown parameter guardrail"),
+        ({"guardrails": {"likes": 0.1}, "effect": 2.0}, "effect is 2.0, .*; guardrails has 'likes'"),
+    ):
+        with pytest.raises(AirflowFailException, match=says):
+            check_ab(policy)

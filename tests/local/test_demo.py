@@ -48,12 +48,15 @@ def test_data_that_is_no_log_says_what_one_is(place: Place, tmp_path: Path) -> N
         source_of(str(tmp_path), place, {})
 
 
-def test_a_challenger_is_turned_down_only_when_clearly_worse() -> None:
-    assert decide((1000, 0.30), (250, 0.31))[0] == "Approve"
-    # two standard errors are 0.064 here
-    assert decide((1000, 0.30), (250, 0.24))[0] == "Approve"
-    assert decide((1000, 0.30), (250, 0.23))[0] == "Reject"
-    assert decide((0, 0.0), (0, 0.0))[0] == "Approve"
+def test_a_challenger_is_turned_down_by_the_evidence_alone() -> None:
+    even = {"click": {"result": "not told apart"}, "watch_time": {"result": "better"}}
+    assert decide(even)[0] == "Approve"
+    assert decide(even | {"long_view": {"result": "not steady"}})[0] == "Approve"
+    assert decide(even | {"watch_time": {"result": "worse"}}) == (
+        "Reject",
+        "watch time: worse than the champion's, with confidence",
+    )
+    assert decide({}) == ("Approve", "the gate approved it; too few have seen it yet")
 
 
 def test_users_are_shown_as_they_were_at_the_logs_end(tmp_path: Path) -> None:
