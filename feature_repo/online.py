@@ -79,14 +79,18 @@ class Online:
         """The materialisation that is served."""
         return self._tables()[0]
 
-    def user(self, user_id: int, service: str, request: Request) -> dict[str, Column]:
-        """One row: stored features of the user and the request's scenario, and what is computed without an item."""
+    def user(self, user_id: int, service: str, request: Request, *, pushed: bool = True) -> dict[str, Column]:
+        """One row: stored features of the user and the request's scenario, and what is computed without an item.
+
+        Args:
+            pushed: False leaves the online store alone: what it holds is taken to be nothing, as of a new user.
+        """
         tables = self._tables()[1]
         keys = {"user": user_id, "scenario": request.scenario}
         columns: dict[str, Column] = {}
         for view in views_of(service):
             if view.freshness == "pushed":
-                columns |= self._read(view, [user_id])
+                columns |= self._read(view, [user_id]) if pushed else _nothing(view)
             elif view.entity in keys:
                 columns |= tables[view.name].take(np.array([keys[view.entity]]))
         return columns | _computed(on_demand_of(service), columns | request.columns(), of_items=False)
@@ -181,6 +185,11 @@ class Online:
         return {
             feature.name: as_column([row.get(feature.name) for row in rows], feature.dtype) for feature in view.features
         }
+
+
+def _nothing(view: View) -> dict[str, Column]:
+    """One row of defaults."""
+    return {feature.name: as_column([None], feature.dtype) for feature in view.features}
 
 
 def _away(store: FeatureStore, error: Exception) -> StoreError:

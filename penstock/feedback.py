@@ -3,13 +3,14 @@
 A feedback directory holds JSON lines (`penstock.json_lines`), a file a day of arrival, a line a request or a feedback:
 
     {"sequence", "kind": "impressions", "arrived_ms", "request_id", "user_id", "time_ms", "scenario", "device",
-     "release", "variant", "features_us", "items": [item id, …]}
+     "release", "variant", "features_us", "degraded": [stage, …], "items": [item id, …]}
     {"sequence", "kind": "outcomes", "arrived_ms", "request_id",
      "events": [{"item_id", "click", …, "watch_time_ms"}, …]}
 
 The sequence is 1, 2, 3, … over all files, in their order, so that whoever follows the directory knows how far he is and
 can go back: it is the only buffer there is. `features_us` is the cutoff of the materialisation that the answer was made
-of, µs since 1970. Records of before there were numbers and cutoffs have neither; their number is their place.
+of, µs since 1970, null of one without features; `degraded` names the stages that were left out of it. Records of before
+there were numbers and cutoffs have neither; their number is their place.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class FeedbackLog:
         device: int,
         release: int,
         variant: str,
-        features_us: int,
+        features_us: int | None,
+        degraded: Sequence[str] = (),
     ) -> int:
         """Keeps a slate that is about to be answered, `items` in displayed order; the record's number."""
         if len(items) > MAX_SLATE:
@@ -99,6 +101,7 @@ class FeedbackLog:
                 "release": release,
                 "variant": variant,
                 "features_us": features_us,
+                "degraded": list(degraded),
                 "items": list(items),
             },
         )

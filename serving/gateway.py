@@ -2,142 +2,109 @@
 
     python -m serving.gateway --home HOME --port 8000
 
-/docs shows the API, /openapi.json describes it.
+/docs shows the API, /openapi.json describes it; docs/gateway.md tells of settings, budgets and degraded answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
 import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel, ConfigDict, Field
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from feature_repo.online import Request as FeatureRequest
-from penstock.events import DAY_MS
+from penstock.features import Column, Ragged
 from penstock.feedback import FeedbackError, FeedbackLog, new_request_id
 from penstock.json_lines import LineError
 from penstock.served import ServedLog
+from serving.api import (
+    Failure,
+    FeedbackRequest,
+    FeedbackResponse,
+    HealthResponse,
+    ReadyResponse,
+    RecommendRequest,
+    RecommendResponse,
+    StatusResponse,
+)
+from serving.front import BEGAN, VARIANT, BusyError, Front, Turns, is_open
+from serving.metrics import Metrics
 from serving.pusher import Pusher
-from serving.recommender import Recommender, UnavailableError, as_json
+from serving.recommender import Recommender, Slate, UnavailableError
 from serving.settings import Settings, SettingsError, from_environment
 
-MAX_ID = 2**63 - 1
-MAX_TIME_MS = 4_102_444_800_000  # the year 2100
-MAX_EVENTS = 1000
 VISIBLE_SECONDS = 0.25
 """How long an answer to feedback waits for it to be in the online store, where the next request finds it."""
+FEEDBACK_THREADS = 8
+PROBE_THREADS = 2
+OPEN_SECONDS = 10.0
+"""How long a start waits for the feature store and the model server, before it answers without them."""
+RETRY_SECONDS = 1
 
-Label = Annotated[int, Field(ge=0, le=1)]
-
-
-class _Body(BaseModel):
-    """A number is a number: no text, no truth value, and no key that is not known."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class RequestContext(_Body):
-    """Where and when; `time_ms` is in ms since 1970 (UTC) and set to replay another time than now."""
-
-    scenario: int = Field(default=0, ge=0, le=1000)
-    device: int = Field(default=0, ge=0, le=1000)
-    time_ms: int | None = Field(default=None, ge=0, le=MAX_TIME_MS)
-
-
-class RecommendRequest(_Body):
-    """`preview` asks without being logged: what is shown to nobody is no impression."""
-
-    user_id: int = Field(ge=0, le=MAX_ID)
-    k: int = Field(default=10, ge=1, le=100)
-    context: RequestContext = RequestContext()
-    preview: bool = False
-
-
-class Item(BaseModel):
-    """One item of a slate; `heads` are the rank model's probabilities, `score` their weighted sum."""
-
-    item_id: int
-    position: int
-    score: float
-    heads: dict[str, float]
-
-
-class RecommendResponse(BaseModel):
-    """A slate, best first, and who chose it; `cold_start` says that nothing was known of the user."""
-
-    request_id: int
-    user_id: int
-    release: int
-    variant: Literal["champion", "challenger"]
-    cold_start: bool
-    items: list[Item]
-
-
-class Outcome(_Body):
-    """What the user did with one item of a request.
-
-    A long view needs its watch time, here or in a later part: the log's validation puts one without aside.
-    """
-
-    item_id: int = Field(ge=0, le=MAX_ID)
-    click: Label = 0
-    long_view: Label = 0
-    like: Label = 0
-    profile_enter: Label = 0
-    watch_time_ms: int = Field(default=0, ge=0, le=DAY_MS)
-
-
-class FeedbackRequest(_Body):
-    """Outcomes of one request; they may come in several parts, in any order."""
-
-    request_id: int = Field(ge=0, lt=2**53)
-    events: list[Outcome] = Field(max_length=MAX_EVENTS)
-
-
-class FeedbackResponse(BaseModel):
-    """How many outcomes were kept."""
-
-    accepted: int
-
-
-class StatusResponse(BaseModel):
-    """How far the online store is behind the feedback, of which nothing is lost: `waiting` of the `records` that there
-    are; while the store does not take them, since when (ms since 1970), and why."""
-
-    records: int
-    waiting: int
-    away_since_ms: int | None
-    reason: str | None
-
-
-class Failure(BaseModel):
-    """Why a request failed; `remedy` is what to do, `field` and `bound` are where a value is out of range."""
-
-    error: str
-    remedy: str | None = None
-    field: str | None = None
-    bound: dict[str, Any] | None = None
-
-
-_FAILURES: dict[int | str, dict[str, Any]] = {
-    400: {"model": Failure, "description": "not JSON"},
-    422: {"model": Failure, "description": "a value is out of range"},
-    503: {"model": Failure, "description": "no release is live, or what it needs is away"},
+_UNAUTHORIZED = {
+    "model": Failure,
+    "description": "the gateway has a token, and the request brings no or another one",
+    "headers": {"WWW-Authenticate": {"description": "Bearer", "schema": {"type": "string"}}},
 }
+_UNAVAILABLE: dict[str, Any] = {
+    "model": Failure,
+    "description": "no release is live, or nothing that it needs can be asked; or too many requests wait already,"
+    " then with Retry-After",
+    "headers": {"Retry-After": {"description": "seconds", "required": False, "schema": {"type": "integer"}}},
+}
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    400: {"model": Failure, "description": "the body is not JSON"},
+    401: _UNAUTHORIZED,
+    413: {"model": Failure, "description": "the body is too large"},
+    415: {"model": Failure, "description": "the body is not called application/json"},
+    422: {"model": Failure, "description": "a value is out of range, or a key is not known"},
+    503: _UNAVAILABLE,
+}
+
+
+class JsonRoute(APIRoute):
+    """A route whose body pydantic reads from the bytes, once, and whose answer is made of bytes as well."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of a request, without what FastAPI does for other kinds of bodies and answers."""
+        if self.body_field is None:
+            return super().get_route_handler()
+        model: type[BaseModel] = self.body_field.field_info.annotation  # type: ignore[assignment]
+        endpoint = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            raw = await request.body()
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if raw and kind != "application/json":
+                raise HTTPException(415, "the body's Content-Type is application/json")
+            try:
+                body = model.model_validate_json(raw)
+            except ValidationError as error:
+                raise RequestValidationError(error.errors(include_url=False, include_input=False)) from None
+            answer: Response = await endpoint(body, request)
+            return answer
+
+        return handle
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -151,88 +118,215 @@ def create_app(settings: Settings) -> FastAPI:
     served = ServedLog(settings.home / "feedback" / "served", settings.served_share)
     recommender = Recommender(settings)
     pusher = Pusher(settings.home, log, recommender.online)
+    metrics = Metrics()
+    turns = {
+        "/recommend": Turns("recommend", settings.concurrency, settings.queue),
+        "/feedback": Turns("feedback", FEEDBACK_THREADS, settings.queue),
+        "/ready": Turns("ready", PROBE_THREADS, PROBE_THREADS),
+    }
+    for path, of in turns.items():
+        metrics.running.labels(path).set_function(partial(getattr, of, "running"))
+        metrics.waiting.labels(path).set_function(partial(getattr, of, "waiting"))
+    metrics.feedback.set_function(lambda: pusher.status().waiting)
+    for variant in ("champion", "challenger"):
+        metrics.release.labels(variant).set_function(partial(recommender.release, variant))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         pusher.start()
+        await asyncio.to_thread(recommender.open, OPEN_SECONDS)
         yield
+        for of in turns.values():
+            of.close()
         pusher.close()
         recommender.close()
         served.close()
         log.close()
 
     # its page of the API needs no script from elsewhere
-    app = FastAPIOffline(title="Penstock", summary="Recommendations, and what users did with them", lifespan=lifespan)
+    app = FastAPIOffline(
+        title="Penstock",
+        summary="Recommendations, and what users did with them",
+        description="Every answer is of one release, which it names. What it is `degraded` by was left out of it.",
+        version="1",
+        lifespan=lifespan,
+    )
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(UnavailableError, _unavailable)
+    app.add_exception_handler(BusyError, _busy)
+    json_routes = APIRouter(route_class=JsonRoute)
 
-    @app.post("/recommend", responses=_FAILURES)
-    def recommend(request: RecommendRequest) -> RecommendResponse:
-        """The best items for a user; they are logged as impressions unless it is a preview."""
-        asked = request.context
-        time_ms = time.time_ns() // 1_000_000 if asked.time_ms is None else asked.time_ms
-        slate = recommender.recommend(request.user_id, request.k, FeatureRequest(time_ms, asked.scenario, asked.device))
+    def answer(asked: RecommendRequest, began: float) -> tuple[str, bytes]:
+        """The variant, and the JSON of the answer."""
+        context = asked.context
+        time_ms = time.time_ns() // 1_000_000 if context.time_ms is None else context.time_ms
+        of = FeatureRequest(time_ms, context.scenario, context.device)
+        slate = recommender.recommend(asked.user_id, asked.k, of, began)
         request_id = new_request_id()
-        if not request.preview:
-            where = {"time_ms": time_ms, "scenario": asked.scenario, "device": asked.device}
-            vectors = slate.vectors
-            with _writing():
-                if served.wants(request_id):
-                    served.keep(
-                        request_id,
-                        request.user_id,
-                        slate.items,
-                        **where,
-                        release=slate.release,
-                        service=vectors.service,
-                        features_us=vectors.features_us,
-                        user=vectors.user,
-                        of_items=vectors.of_items,
-                    )
-                log.impressions(
-                    request_id,
-                    request.user_id,
-                    slate.items,
-                    **where,
-                    release=slate.release,
-                    variant=slate.variant,
-                    features_us=vectors.features_us,
-                )
-        return RecommendResponse(
-            request_id=request_id,
-            user_id=request.user_id,
-            release=slate.release,
-            variant=slate.variant,
-            cold_start=slate.cold_start,
-            items=[Item(**item) for item in as_json(slate)],
-        )
+        if not asked.preview:
+            with _writing(), slate.timed("log"):
+                _keep(log, served, request_id, asked.user_id, of, slate)
+        metrics.stages(slate.seconds)
+        metrics.degraded(slate.degraded, slate.why)
+        return slate.variant, _as_json(request_id, asked, slate)
 
-    @app.post("/feedback", responses=_FAILURES)
-    def feedback(request: FeedbackRequest) -> FeedbackResponse:
-        """What the user did with the items of a request; the next request of the user is answered by it."""
+    @json_routes.post("/recommend", responses=_FAILURES, response_model=RecommendResponse)
+    async def recommend(body: RecommendRequest, request: Request) -> Response:
+        """The best items for a user; they are logged as impressions unless it is a preview.
+
+        A part that does not answer in time is left out: without the user's activity he is taken for a new user,
+        without recall popular items are answered, without the rank model recall's order stands. `degraded` says so.
+        """
+        variant, content = await turns["/recommend"].run(answer, body, request.scope[BEGAN])
+        request.scope[VARIANT] = variant
+        return Response(content, media_type="application/json")
+
+    def told(asked: FeedbackRequest) -> None:
         with _writing():
-            sequence = log.outcomes(request.request_id, [event.model_dump() for event in request.events])
+            sequence = log.outcomes(asked.request_id, [event.model_dump() for event in asked.events])
         pusher.wait(sequence, VISIBLE_SECONDS)
-        return FeedbackResponse(accepted=len(request.events))
+
+    @json_routes.post("/feedback", responses=_FAILURES, response_model=FeedbackResponse)
+    async def feedback(body: FeedbackRequest, request: Request) -> Response:
+        """What the user did with the items of a request; the next request of the user is answered by it."""
+        await turns["/feedback"].run(told, body)
+        return Response(b'{"accepted":%d}' % len(body.events), media_type="application/json")
 
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> HealthResponse:
         """The gateway runs."""
-        return {"status": "ok"}
+        return HealthResponse()
 
-    @app.get("/ready", responses={503: _FAILURES[503]})
-    def ready() -> dict[str, int | float | None]:
-        """The gateway can answer: which releases it does that with."""
-        current = recommender.ready()
-        return {"champion": current.champion, "challenger": current.challenger, "share": current.share}
+    @app.get("/ready", responses={503: _UNAVAILABLE})
+    async def ready() -> ReadyResponse:
+        """The gateway can answer: which releases it does that with, and what their answers are without."""
+        current, degraded = await turns["/ready"].run(recommender.ready)
+        return ReadyResponse.model_validate(
+            {
+                "champion": current.champion,
+                "challenger": current.challenger,
+                "share": current.share,
+                "degraded": degraded,
+            }
+        )
 
-    @app.get("/status")
+    @app.get("/status", responses={401: _UNAUTHORIZED})
     def status() -> StatusResponse:
         """How far what users did is visible to the next request."""
         return StatusResponse(**asdict(pusher.status()))
 
+    @app.get("/metrics", responses={401: _UNAUTHORIZED}, response_class=PlainTextResponse)
+    def prometheus() -> Response:
+        """What the gateway counts and times, in Prometheus' text format."""
+        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    app.include_router(json_routes)
+    _describe(app, with_token=bool(settings.token))
+    app.add_middleware(
+        Front,
+        token=settings.token,
+        body_bytes=settings.body_bytes,
+        routes=frozenset(app.openapi()["paths"]),
+        metrics=metrics,
+    )
     return app
+
+
+def _describe(app: FastAPI, *, with_token: bool) -> None:
+    """Has the page of the API say which paths want a token."""
+    document = app.openapi()
+    if with_token:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        for path, operations in document["paths"].items():
+            if not is_open(path):
+                for operation in operations.values():
+                    operation["security"] = [{"token": []}]
+
+
+def _keep(
+    log: FeedbackLog, served: ServedLog, request_id: int, user_id: int, request: FeatureRequest, slate: Slate
+) -> None:
+    """Logs what is about to be shown; and of the share that is asked for the vectors, unless something was left out."""
+    vectors = slate.vectors
+    where = {"time_ms": request.time_ms, "scenario": request.scenario, "device": request.device}
+    if vectors is not None and not slate.degraded and served.wants(request_id):
+        served.keep(
+            request_id,
+            user_id,
+            slate.items,
+            **where,
+            release=slate.release,
+            service=vectors.service,
+            features_us=vectors.features_us,
+            user=vectors.user,
+            of_items=vectors.of_items,
+        )
+    log.impressions(
+        request_id,
+        user_id,
+        slate.items,
+        **where,
+        release=slate.release,
+        variant=slate.variant,
+        features_us=None if vectors is None else vectors.features_us,
+        degraded=list(slate.degraded),
+    )
+
+
+def _as_json(request_id: int, asked: RecommendRequest, slate: Slate) -> bytes:
+    """A slate as `RecommendResponse`; not through pydantic, which would check each value again."""
+    ranked = zip(slate.items, slate.scores, slate.heads, strict=True)
+    answer: dict[str, Any] = {
+        "request_id": request_id,
+        "user_id": asked.user_id,
+        "release": slate.release,
+        "variant": slate.variant,
+        "cold_start": slate.cold_start,
+        "degraded": list(slate.degraded),
+        "items": [
+            {"item_id": item, "position": position, "score": score, "heads": heads}
+            for position, (item, score, heads) in enumerate(ranked)
+        ],
+    }
+    if asked.explain:
+        answer["explanation"] = _explained(slate)
+    return json.dumps(answer, separators=(",", ":")).encode()
+
+
+def _explained(slate: Slate) -> dict[str, Any]:
+    vectors = slate.vectors
+    of_items = {name: _values(column) for name, column in vectors.of_items.items()} if vectors else {}
+    recalled: list[tuple[float | None, int | None]] = [*slate.recalled] or [(None, None)] * len(slate.items)
+    return {
+        "release": slate.release,
+        "variant": slate.variant,
+        "feature_service": vectors.service if vectors else None,
+        "features_time_us": vectors.features_us if vectors else None,
+        "stages_ms": {stage: round(seconds * 1000, 3) for stage, seconds in slate.seconds.items()},
+        "degraded": slate.degraded,
+        "why": slate.why,
+        "user": {name: _values(column)[0] for name, column in vectors.user.items()} if vectors else {},
+        "items": [
+            {
+                "item_id": item,
+                "recall_score": recall_score,
+                "recall_rank": recall_rank,
+                "rank": place,
+                "features": {name: values[row] for name, values in of_items.items()},
+            }
+            for row, (item, place, (recall_score, recall_rank)) in enumerate(
+                zip(slate.items, slate.places, recalled, strict=True)
+            )
+        ],
+    }
+
+
+def _values(column: Column) -> list[Any]:
+    """A column in JSON's types; what is not finite is null there."""
+    if isinstance(column, Ragged):
+        return [row.tolist() for row in column.lists()]
+    return [None if isinstance(value, float) and not isfinite(value) else value for value in column.tolist()]
 
 
 @contextmanager
@@ -244,8 +338,8 @@ def _writing() -> Iterator[None]:
         raise UnavailableError(f"feedback cannot be kept: {error}", "make room on the disk") from error
 
 
-def _failed(status: int, failure: Failure) -> JSONResponse:
-    return JSONResponse(failure.model_dump(exclude_none=True), status_code=status)
+def _failed(status: int, failure: Failure, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(failure.model_dump(exclude_none=True), status_code=status, headers=headers)
 
 
 def _unavailable(_: Request, error: Exception) -> JSONResponse:
@@ -253,9 +347,13 @@ def _unavailable(_: Request, error: Exception) -> JSONResponse:
     return _failed(503, Failure(error=error.why, remedy=error.remedy))
 
 
+def _busy(_: Request, error: Exception) -> JSONResponse:
+    return _failed(503, Failure(error=str(error), remedy="ask again later"), {"Retry-After": str(RETRY_SECONDS)})
+
+
 def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return _failed(error.status_code, Failure(error=str(error.detail)))
+    return _failed(error.status_code, Failure(error=str(error.detail)), dict(error.headers or {}))
 
 
 def _invalid(_: Request, error: Exception) -> JSONResponse:
@@ -265,7 +363,7 @@ def _invalid(_: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         return _failed(400, Failure(error=f"the body is not JSON: {context.get('error', first['msg'])}"))
     field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    bound = {key: value for key, value in context.items() if isinstance(value, int | float | str)}
+    bound = {name: context[name] for name in ("gt", "ge", "lt", "le", "min_length", "max_length") if name in context}
     return _failed(422, Failure(error=f"{field}: {first['msg']}", field=field, bound=bound or None))
 
 
@@ -273,11 +371,12 @@ def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     parser = argparse.ArgumentParser(prog="python -m serving.gateway", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--home", type=Path, help="default: PENSTOCK_HOME")
+    parser.add_argument("--host", help="default: PENSTOCK_GATEWAY_HOST, or 127.0.0.1")
     parser.add_argument("--port", type=int, help="default: PENSTOCK_GATEWAY_PORT")
     parser.add_argument("--model-server", help="host:port; default: PENSTOCK_MODEL_SERVER")
     arguments = parser.parse_args()
     try:
-        settings = from_environment(os.environ)
+        settings = from_environment(os.environ, arguments.host)
         settings = replace(
             settings,
             home=arguments.home.resolve() if arguments.home else settings.home,
@@ -293,7 +392,8 @@ def main() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

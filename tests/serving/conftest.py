@@ -115,11 +115,11 @@ def fusion_of(number: int) -> str:
     return "weighted_product" if number == 2 else "weighted_sum"
 
 
-def build(home: Path, folder: Path, *, broken: bool = False) -> int:
-    """Makes the next release of `home`: tiny models that know their number."""
-    number = max(release.releases(home), default=0) + 1
+def make_candidate(folder: Path, number: int, *, broken: bool = False, parent: int | None = None) -> Candidate:
+    """The outputs of a run that trained and judged tiny models; they know the number of the release they will be."""
     save(Recall(number), "recommend", folder / "recall" / "saved_model")
     save(Rank(number, broken), "predict", folder / "rank" / "saved_model")
+    verdict = {"approved": True, "sentence": "", "champion": parent, "heads": {}, "data_window": {}}
     known = {
         "recall": {"ids": [number * CATALOGUE + place for place in range(10)], "scores": [40.0 - n for n in range(10)]},
         "rank": {"click": [1.0] * 10, "long_view": [0.0] * 10, "like": [0.0] * 10},
@@ -131,15 +131,20 @@ def build(home: Path, folder: Path, *, broken: bool = False) -> int:
         "rank/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
         "rank/metrics.json": '{"inputs": [], "validation": {}, "test": {}}',
         "weights/weights.json": json.dumps({"fusion": fusion_of(number), "weights": WEIGHTS}),
-        "verdict/verdict.json": '{"approved": true, "sentence": "", "champion": null, "heads": {}, "data_window": {}}',
+        "verdict/verdict.json": json.dumps(verdict),
         "rehearsal/probe.json": json.dumps(known),
         "report.html": "<p>report</p>",
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    parts = ("recall", "rank", "weights", "verdict", "rehearsal", "report.html")
-    made = Candidate(*(folder / part for part in parts))
+    return Candidate(*(folder / part for part in ("recall", "rank", "weights", "verdict", "rehearsal", "report.html")))
+
+
+def build(home: Path, folder: Path, *, broken: bool = False, parent: int | None = None) -> int:
+    """Makes the next release of `home`."""
+    number = max(release.releases(home), default=0) + 1
+    made = make_candidate(folder, number, broken=broken, parent=parent)
     said = {"run_id": f"run {number}", "git_revision": "abc", "environment": "def", "approved_by": "a person"}
     built = release.build(home, made, **said)
     assert built == number
@@ -186,7 +191,7 @@ class System:
 
     @property
     def settings(self) -> Settings:
-        return Settings(home=self.home, model_server=self.address, served_share=1.0)
+        return Settings(home=self.home, model_server=self.address, served_share=1.0, deadline_seconds=30.0)
 
     def load(self, numbers: tuple[int, ...]) -> None:
         """Has the model server serve just these releases."""

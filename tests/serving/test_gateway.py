@@ -171,7 +171,11 @@ def test_while_the_store_is_away_feedback_is_kept(system: System, gateway: httpx
         told = gateway.get("/status").json()
         assert told["waiting"] >= 1
         assert told["away_since_ms"] > END_MS
-        assert "packed.db" in failed(gateway)["error"]
+        during = ask(gateway, user=user, k=3, preview=True, explain=True)
+        assert during["degraded"] == ["features"]  # as if he were new
+        assert during["cold_start"]
+        assert "packed.db" in during["explanation"]["why"]
+        assert gateway.get("/ready").json()["degraded"] == {"features": "away"}
     finally:
         database.with_name("elsewhere").rename(database)
     until(lambda: gateway.get("/status").json()["waiting"] == 0)
@@ -223,7 +227,7 @@ def test_users_are_split_as_the_document_says(system: System, gateway: httpx.Cli
             click, long_view = item["heads"]["click"], item["heads"]["long_view"]
             expected = {1: click + 0.5 * long_view, 2: math.log(click * long_view**0.5)}  # each by its own fusion
             assert item["score"] == pytest.approx(expected[answer["release"]])
-    assert gateway.get("/ready").json() == {"champion": 1, "challenger": 2, "share": 0.5}
+    assert gateway.get("/ready").json() == {"champion": 1, "challenger": 2, "share": 0.5, "degraded": {}}
 
 
 def test_releases_swap_under_requests_without_a_failure_or_a_mixed_answer(
@@ -313,7 +317,8 @@ def test_malformed_json_is_a_400(gateway: httpx.Client, body: bytes) -> None:
 def test_a_path_that_is_none_gets_the_same_kind_of_answer(gateway: httpx.Client) -> None:
     assert gateway.get("/nothing").json() == {"error": "Not Found"}
     assert gateway.get("/recommend").json() == {"error": "Method Not Allowed"}
-    assert gateway.post("/recommend").json()["field"] == "body"
+    assert gateway.post("/recommend").status_code == 400
+    assert gateway.post("/recommend", content="{}", headers={"content-type": "text/plain"}).status_code == 415
 
 
 @pytest.mark.parametrize(
@@ -406,9 +411,11 @@ def test_a_release_of_features_that_there_are_no_more_says_what_to_do(system: Sy
 
 def test_scores_that_are_not_finite_are_not_answered(system: System, gateway: httpx.Client) -> None:
     system.put(Routing(champion=3))
-    response = gateway.post("/recommend", json={"user_id": 7})
-    assert response.status_code == 503
-    assert response.json()["error"] == "rank of release 3 gives scores that are not finite"
+    answer = ask(gateway, k=3, explain=True, preview=True)
+    assert answer["degraded"] == ["rank"]
+    assert answer["explanation"]["degraded"] == {"rank": "not_finite"}
+    assert answer["explanation"]["why"] == "rank of release 3 gives scores that are not finite"
+    assert [item["item_id"] for item in answer["items"]] == [3000, 3001, 3002]
 
 
 def test_without_a_feature_store_it_says_so(system: System, tmp_path) -> None:
@@ -437,8 +444,14 @@ def test_feedback_of_two_gateways_does_not_mix(system: System, gateway: httpx.Cl
 
 def test_the_api_describes_itself(gateway: httpx.Client) -> None:
     document = gateway.get("/openapi.json").json()
-    assert {"/recommend", "/feedback", "/health", "/ready", "/status"} == document["paths"].keys()
-    assert {"200", "400", "422", "503"} == document["paths"]["/recommend"]["post"]["responses"].keys()
+    assert {"/recommend", "/feedback", "/health", "/ready", "/status", "/metrics"} == document["paths"].keys()
+    for path in ("/recommend", "/feedback"):
+        operation = document["paths"][path]["post"]
+        assert {"200", "400", "401", "413", "415", "422", "503"} == operation["responses"].keys()
+        assert operation["description"]
+        body = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert document["components"]["schemas"][body]["examples"]
+    assert "securitySchemes" not in document["components"]
     assert gateway.get("/docs").status_code == 200
 
 
