@@ -9,9 +9,10 @@ Three measures are compared, each a ratio of sums over users: clicks and long vi
 request. Their intervals hold together with the stated confidence, each at (1 − confidence) / 3 (Bonferroni), and a
 p-value is three times that of its measure alone: an interval without 0 and a p below 1 − confidence are one thing.
 
-Guardrails are sequences of their own, at (1 − confidence) / their number: the challenger's rate less (1 − margin)
-times the champion's, and the champion's share of degraded answers, plus a margin, less the challenger's. One that is
-wholly below 0 is breached. Degraded answers count in every measure as the others do: users got them.
+Guardrails are one-sided tests of their own: whether the challenger's rate less (1 − margin) times the champion's is
+below 0, and the champion's share of degraded answers, plus a margin, less the challenger's. One is breached when its
+always-valid p-value times the number of guardrails is below 1 − confidence. Degraded answers count in every measure as
+the others do: users got them.
 
 The split is tested at each user that comes (`SplitTest`). No user may meet both releases.
 """
@@ -154,10 +155,11 @@ class Minimum:
 
 @dataclass(frozen=True)
 class Point:
-    """A measure at a look. `low`, `high` and `p_value` are of all looks so far; infinite or 1 where nothing is known.
+    """A measure at a look. `low`, `high` and both p-values are of all looks so far; infinite or 1 if nothing is known.
 
     Attributes:
-        room: the highest end of the guardrail's sequence so far; below 0 it is breached.
+        p_value: of no difference.
+        guard: of no harm beyond the guardrail's margin; 1 without a guardrail.
     """
 
     champion: float
@@ -165,7 +167,7 @@ class Point:
     low: float
     high: float
     p_value: float
-    room: float
+    guard: float
 
     @property
     def difference(self) -> float:
@@ -185,7 +187,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Look:
-    """All measures after so many requests of both variants; `degraded` holds its guardrail's room alone."""
+    """All measures after so many requests of both variants; of degraded answers the guardrail's p-value."""
 
     requests: int
     impressions: int
@@ -353,38 +355,36 @@ class Experiment:
                 self._scales.setdefault(measure.name, self.config.effect * theirs)
             scale = self._scales.get(measure.name, 0.0)
             plain = Difference.between(sums[1], sums[0])
-            low, high, p_value = self._sequence(plain, scale, len(MEASURES))
-            room = math.inf
-            if measure.name in self.config.guardrails:
-                relative = Difference.between(sums[1], sums[0], 1 - self.config.guardrails[measure.name])
-                _, room, _ = self._sequence(relative, scale, self._guards)
+            low, high, p_value = self._sequence(plain, scale)
+            guard = 1.0
+            if (margin := self.config.guardrails.get(measure.name)) is not None:
+                guard = self._harm(Difference.between(sums[1], sums[0], 1 - margin), scale)
             if before:
                 last = before.points[measure.name]
                 low, high = max(low, last.low), min(high, last.high)
-                p_value, room = min(p_value, last.p_value), min(room, last.room)
-            points[measure.name] = Point(theirs, ours, low, high, p_value, room)
+                p_value, guard = min(p_value, last.p_value), min(guard, last.guard)
+            points[measure.name] = Point(theirs, ours, low, high, p_value, guard)
         worse = Difference.between(champion.degraded(), challenger.degraded())
         margin = self.config.degraded
-        spare = Difference(worse.value + margin, worse.variance)
-        _, room, _ = self._sequence(spare, max(margin, 0.01), self._guards)
+        guard = self._harm(Difference(worse.value + margin, worse.variance), max(margin, 0.01))
         self.looks.append(
             Look(
                 requests=len(self._shown),
                 impressions=sum(one.total("impressions") for one in self._variants),
                 at_ms=at_ms,
                 points=points,
-                degraded=min(room, before.degraded) if before else room,
+                degraded=min(guard, before.degraded) if before else guard,
             )
         )
 
-    @property
-    def _guards(self) -> int:
-        return len(self.config.guardrails) + 1
+    def _harm(self, difference: Difference, scale: float) -> float:
+        """A guardrail's p-value at one look, adjusted for all guardrails."""
+        return min(1.0, (len(self.config.guardrails) + 1) * float(difference.p_value_below(scale)))
 
-    def _sequence(self, difference: Difference, scale: float, together: int) -> tuple[float, float, float]:
-        """Interval and p-value of one look, at a level by which `together` of them hold at once."""
-        half = float(difference.half_width(scale, (1 - self.config.confidence) / together))
-        p_value = min(1.0, together * float(difference.p_value(scale)))
+    def _sequence(self, difference: Difference, scale: float) -> tuple[float, float, float]:
+        """Interval and p-value of one look, adjusted for all measures."""
+        half = float(difference.half_width(scale, (1 - self.config.confidence) / len(MEASURES)))
+        p_value = min(1.0, len(MEASURES) * float(difference.p_value(scale)))
         value = float(difference.value) if math.isfinite(half) else 0.0
         return value - half, value + half, p_value
 
@@ -418,18 +418,21 @@ class Experiment:
             breached, reason = False, "Too early to say."
             if last:
                 point = last.points[measure.name]
-                breached = point.room < 0
+                breached = self._breached(point.guard)
                 against = f"{measure.words(point.challenger)} against {measure.words(point.champion)}"
                 shown = "with confidence" if breached else "is not shown"
                 reason = f"{against}: worse by more than {margin:.1%} of it {shown}."
             checks.append(Check(f"{measure.says}, guarded", not breached, reason, "withdraw"))
         rates = [one.total("degraded") / max(1, one.total("requests")) for one in self._variants]
-        breached = last is not None and last.degraded < 0
+        breached = last is not None and self._breached(last.degraded)
         shown = "with confidence" if breached else "is not shown"
         more = f"more by over {100 * self.config.degraded:g} points {shown}"
         reason = f"{rates[1]:.2%} against {rates[0]:.2%}: {more}."
         checks.append(Check("degraded answers, guarded", not breached, reason, "withdraw"))
         return checks
+
+    def _breached(self, p_value: float) -> bool:
+        return p_value <= 1 - self.config.confidence
 
     def _steady(self) -> list[Check]:
         if not self.looks:

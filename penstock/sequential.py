@@ -35,6 +35,7 @@ from math import inf, log
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import log_ndtr
 
 Array = npt.NDArray[np.float64]
 
@@ -102,6 +103,21 @@ class Difference:
     def p_value(self, scale: npt.ArrayLike) -> Array:
         """min(1, 1/Λ) at this look; the always-valid p-value is the least of all looks so far (`running_p_value`)."""
         return np.exp(-np.maximum(self.log_likelihood_ratio(scale), 0.0))
+
+    def p_value_below(self, scale: npt.ArrayLike) -> Array:
+        """The same against no difference or a positive one, one-sided: small when D is below 0.
+
+        The mixture is the half of N(0, scale²) below 0. Its likelihood ratio against 0 is a supermartingale under any
+        θ ≥ 0 too:
+
+            Λ₋ = 2 √(V / (V + τ²)) exp(τ² D² / (2 V (V + τ²))) Φ(−τ D / √(V (V + τ²)))
+        """
+        known = np.isfinite(self.variance) & (self.variance > 0) & np.isfinite(self.value)
+        variance = np.where(known, self.variance, 1.0)
+        tau = np.asarray(scale, dtype=np.float64)
+        reach = np.where(known, self.value, 0.0) * tau / np.sqrt(variance * (variance + np.square(tau)))
+        log_ratio = log(2) + self.log_likelihood_ratio(scale) + log_ndtr(-reach)
+        return np.where(known, np.exp(-np.maximum(log_ratio, 0.0)), 1.0)
 
     def half_width(self, scale: npt.ArrayLike, alpha: float) -> Array:
         """Of the interval at this look: the |D| at which Λ = 1/alpha; infinite where the variance is not known."""

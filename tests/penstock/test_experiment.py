@@ -163,9 +163,9 @@ def test_a_look_is_what_loops_over_users_give(feed: Feed) -> None:
         half = float(difference.half_width(scale, 0.05 / 3))
         assert [point.low, point.high] == pytest.approx([point.difference - half, point.difference + half])
         assert point.p_value == pytest.approx(min(1, 3 * float(difference.p_value(scale))))
-        guard = Difference.between(both[0], both[1], 0.9)
-        room = float(guard.value + guard.half_width(scale, 0.05 / 2))  # beside that of degraded answers
-        assert point.room == pytest.approx(room if measure.name == "click" else np.inf)
+        harm = Difference.between(both[0], both[1], 0.9).p_value_below(scale)
+        two = min(1, 2 * float(harm))  # beside that of degraded answers
+        assert point.guard == pytest.approx(two if measure.name == "click" else 1)
 
 
 def test_a_log_gives_one_verdict_however_often_it_is_asked(feed: Feed) -> None:
@@ -198,7 +198,7 @@ def test_the_sequence_only_narrows_and_the_p_value_only_falls(feed: Feed) -> Non
             assert after.low >= before.low
             assert after.high <= before.high
             assert after.p_value <= before.p_value
-            assert after.room <= before.room
+            assert after.guard <= before.guard
         assert [point.p_value < 0.05 for point in points] == [point.low > 0 or point.high < 0 for point in points]
 
 

@@ -55,6 +55,30 @@ def test_it_is_the_msprt_of_the_normal_case(value: float, variance: float, scale
     )
 
 
+@pytest.mark.parametrize("value", [0.2, 0.0, -0.3, -1.1])
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_one_sided_it_is_the_mixture_of_the_half_below_zero(value: float, scale: float) -> None:
+    variance = 0.09
+
+    def under(theta: float) -> float:
+        return 2 * float(norm.pdf(value, theta, 0.3) * norm.pdf(theta, 0, scale))
+
+    mixed, _ = quad(under, -12 * scale, 0, points=[value] if value < 0 else None, limit=200)
+    ratio = mixed / norm.pdf(value, 0, 0.3)
+    assert difference(value, variance).p_value_below(scale) == pytest.approx(min(1, 1 / ratio))
+
+
+def test_one_sided_nothing_is_said_of_a_positive_difference() -> None:
+    steps = 0.05 + np.random.default_rng(9).standard_normal((1000, 2000))
+    count = np.arange(1, 2001)
+    seen = Difference(np.cumsum(steps, axis=1) / count, np.broadcast_to(1 / count, steps.shape))
+    assert (seen.p_value_below(0.1) <= 0.05).any(axis=1).mean() < 0.02
+    assert (seen.p_value(0.1) <= 0.05).any(axis=1).mean() > 0.2
+    steps -= 0.05  # on the boundary one walk of twenty at most is wronged
+    seen = Difference(np.cumsum(steps, axis=1) / count, seen.variance)
+    assert (seen.p_value_below(0.1) <= 0.05).any(axis=1).mean() < 0.05 + 2 * 0.007
+
+
 @pytest.mark.parametrize("looks", [1, 10, 1000])
 def test_it_is_the_asymptotic_confidence_sequence_of_waudby_smith(looks: int) -> None:
     """Their form, of t observations with deviation σ: σ √(2 (tρ² + 1) / (t²ρ²) ln(√(tρ² + 1) / α))."""
@@ -124,6 +148,7 @@ def test_what_is_not_known_is_no_evidence() -> None:
         assert sums.variance == math.inf
         unknown = Difference.between(sums, Sums.of([1, 3], [2, 2]))
         assert (unknown.half_width(0.1, 0.05), unknown.p_value(0.1)) == (math.inf, 1.0)
+        assert unknown.p_value_below(0.1) == 1.0
     zero = Difference.between(same, same)
     assert (zero.half_width(0.1, 0.05), zero.p_value(0.1)) == (math.inf, 1.0)
     low, high = running_interval(Difference(np.array([np.nan, 0.2]), np.array([np.inf, 0.01])), 0.1, 0.05)
