@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import polars as pl
 import tensorflow as tf
+from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
 from penstock import index
 from penstock.catalogue import Catalogue
@@ -15,6 +16,15 @@ from penstock.examples import FIRST, LIMIT, PADDING, UNKNOWN, Feature, Schema
 from penstock.ranking import Ranking
 from penstock.retrieval import EXAMPLE_AGE, Retrieval
 from penstock.training import item_vectors
+
+WARM_UP = Path("assets.extra") / "tf_serving_warmup_requests"
+"""Where in a SavedModel TF Serving looks for requests that it answers before anybody else's."""
+
+WARM_UP_ITEMS = 200
+"""So many items a request asks of the recall model, and of the rank model the scores of."""
+
+LONGEST = 50
+"""Elements of a list in a request."""
 
 
 class _Encoder(tf.Module):
@@ -113,9 +123,27 @@ def read_by(model: Retrieval | Ranking, schema: Schema) -> tuple[Feature, ...]:
     return tuple(feature for feature in schema.features if feature.name in names)
 
 
-def _save(module: tf.Module, name: str, path: Path) -> None:
+def _save(module: tf.Module, name: str, path: Path, warm_up: list[dict[str, tuple[int, tuple[int, ...]]]]) -> None:
+    """Writes the module, and `warm_up`: requests as name → (the value of all its elements, shape)."""
     signature = getattr(module, name)
     tf.saved_model.save(module, str(path), signatures={"serving_default": signature, name: signature})
+    (specs,) = signature.input_signature
+    (path / WARM_UP).parent.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(path / WARM_UP)) as records:
+        for request in warm_up:
+            log = PredictionLog()
+            log.predict_log.request.model_spec.signature_name = "serving_default"
+            for input_, (value, shape) in request.items():
+                tensor = tf.make_tensor_proto(value, specs[input_].dtype, shape)  # one value, whatever the shape
+                log.predict_log.request.inputs[input_].CopyFrom(tensor)
+            records.write(log.SerializeToString())
+
+
+def _filled(features: tuple[Feature, ...], rows: int, width: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """A request of `rows` whose lists have `width` elements, or as many as the model reads if those are fewer."""
+    return {
+        feature.name: (0, (rows, min(width, feature.length)) if feature.length else (rows,)) for feature in features
+    }
 
 
 def export_recall(
@@ -141,7 +169,9 @@ def export_recall(
     encoder = _Encoder(read_by(model, schema), schema)
     search = index.build(vectors, ids, queries=queries)
     module = _Recall(model.query_tower, encoder, search)
-    _save(module, "recommend", out / "saved_model")
+    asked = {"k": (WARM_UP_ITEMS, ())}
+    requests = [_filled(encoder.features, 1, width) | asked | {"exclude": (0, (1, width))} for width in (1, LONGEST)]
+    _save(module, "recommend", out / "saved_model", requests)
     pl.DataFrame({"item_id": ids, "vector": vectors}, schema_overrides={"vector": pl.List(pl.Float32)}).write_parquet(
         out / "items.parquet"
     )
@@ -152,4 +182,4 @@ def export_rank(model: Ranking, schema: Schema, out: Path) -> None:
     """Writes `saved_model/` with the signature `predict`: `Ranking.scores` of raw features."""
     encoder = _Encoder(read_by(model, schema), schema)
     module = _Rank(model, encoder)
-    _save(module, "predict", out / "saved_model")
+    _save(module, "predict", out / "saved_model", [_filled(encoder.features, WARM_UP_ITEMS, w) for w in (1, LONGEST)])

@@ -44,6 +44,7 @@ with _bare_tensorflow():
     from tensorflow_serving.apis import predict_pb2 as predict_messages
     from tensorflow_serving.apis.model_pb2 import ModelSpec
     from tensorflow_serving.apis.model_service_pb2_grpc import ModelServiceStub
+    from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
     from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
     from tensorflow_serving.config.model_server_config_pb2 import ModelConfig, ModelServerConfig
 
@@ -52,12 +53,14 @@ __all__ = [
     "ModelServerConfig",
     "ModelServiceStub",
     "ModelSpec",
+    "PredictionLog",
     "PredictionServiceStub",
     "SavedModel",
     "SignatureDef",
     "TensorInfo",
     "TensorProto",
     "dtype_name",
+    "fill",
     "from_tensor",
     "management_messages",
     "metadata_messages",
@@ -67,50 +70,78 @@ __all__ = [
 ]
 
 SERVING_DEFAULT = "serving_default"
-MAX_ELEMENTS = 1 << 28
+
+MAX_MESSAGE = 64 << 20
+"""The bytes of a request or an answer; 200 rows of 100 inputs are half a megabyte."""
+
+QUEUE_FULL = "The queue of requests is full"
+"""How the embedded server begins its refusal of what it cannot answer soon."""
 
 NUMPY: dict[int, Any] = {
     types_pb2.DT_FLOAT: np.dtype(np.float32),
     types_pb2.DT_DOUBLE: np.dtype(np.float64),
+    types_pb2.DT_HALF: np.dtype(np.float16),
+    types_pb2.DT_INT8: np.dtype(np.int8),
+    types_pb2.DT_INT16: np.dtype(np.int16),
     types_pb2.DT_INT32: np.dtype(np.int32),
     types_pb2.DT_INT64: np.dtype(np.int64),
     types_pb2.DT_UINT8: np.dtype(np.uint8),
-    types_pb2.DT_INT16: np.dtype(np.int16),
-    types_pb2.DT_INT8: np.dtype(np.int8),
+    types_pb2.DT_UINT16: np.dtype(np.uint16),
+    types_pb2.DT_UINT32: np.dtype(np.uint32),
+    types_pb2.DT_UINT64: np.dtype(np.uint64),
     types_pb2.DT_BOOL: np.dtype(np.bool_),
     types_pb2.DT_STRING: np.dtype(object),
 }
 _FIELDS = {
     types_pb2.DT_FLOAT: "float_val",
     types_pb2.DT_DOUBLE: "double_val",
+    types_pb2.DT_HALF: "half_val",
     types_pb2.DT_INT64: "int64_val",
+    types_pb2.DT_UINT32: "uint32_val",
+    types_pb2.DT_UINT64: "uint64_val",
     types_pb2.DT_BOOL: "bool_val",
     types_pb2.DT_STRING: "string_val",
 }
 _ENUM = {dtype: number for number, dtype in NUMPY.items()}
+MAX_ELEMENTS = 1 << 26
+MAX_RANK = 64  # NumPy's; TensorFlow's own is 254
 
 
 def dtype_name(number: int) -> str:
     """The name of a TensorFlow dtype, as its own messages write it: float, int64, …"""
-    return str(types_pb2.DataType.Name(number)).removeprefix("DT_").lower()
+    try:
+        return str(types_pb2.DataType.Name(number)).removeprefix("DT_").lower()
+    except ValueError:
+        return f"unknown dtype enum ({number})"
+
+
+def fill(tensor: Any, array: np.ndarray) -> None:
+    """Makes an empty TensorProto `array`: its bytes in tensor_content, strings in string_val."""
+    if array.dtype.kind in "OSU":
+        tensor.dtype = types_pb2.DT_STRING
+        tensor.string_val.extend(
+            item.encode() if isinstance(item, str) else bytes(item) for item in array.ravel().tolist()
+        )
+    else:
+        tensor.dtype = _ENUM[array.dtype]
+        tensor.tensor_content = array.tobytes()
+    dims = tensor.tensor_shape.dim
+    for size in array.shape:
+        dims.add(size=size)
 
 
 def to_tensor(array: np.ndarray) -> Any:
-    """`array` as a TensorProto, its bytes in tensor_content (strings in string_val)."""
-    if array.dtype.kind in "OSU":
-        strings = [item.encode() if isinstance(item, str) else bytes(item) for item in array.ravel().tolist()]
-        tensor = TensorProto(dtype=types_pb2.DT_STRING, string_val=strings)
-    else:
-        tensor = TensorProto(dtype=_ENUM[array.dtype], tensor_content=array.tobytes())
-    for size in array.shape:
-        tensor.tensor_shape.dim.add(size=size)
+    """`array` as a TensorProto."""
+    tensor = TensorProto()
+    fill(tensor, array)
     return tensor
 
 
 def from_tensor(tensor: Any) -> np.ndarray:
-    """A TensorProto as a (read-only) array: from tensor_content, or from the field of its dtype.
+    """A TensorProto as a (read-only) array: a view of tensor_content, or what the field of its dtype says.
 
-    As in TensorFlow, a field with fewer values than the shape has is continued with its last one, or zeros.
+    As in TensorFlow (`Tensor::FromProto`), a field with fewer values than the shape has is continued with its last one
+    or zeros, further values are ignored, and so is everything where the shape has no elements.
 
     Raises:
         ValueError: dtype not served, unknown shape, or values that do not fit it.
@@ -118,22 +149,26 @@ def from_tensor(tensor: Any) -> np.ndarray:
     dtype = NUMPY.get(tensor.dtype)
     if dtype is None:
         raise ValueError(f"dtype {dtype_name(tensor.dtype)} is not served")
-    shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
+    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    content = tensor.tensor_content
+    unknown = tensor.tensor_shape.unknown_rank
+    if len(shape) == 1 and content and shape[0] * dtype.itemsize == len(content) and not unknown and dtype.kind != "O":
+        return np.frombuffer(content, dtype)
     size = math.prod(shape)
-    if tensor.tensor_shape.unknown_rank or min(shape, default=0) < 0 or size > MAX_ELEMENTS:
-        raise ValueError(f"shape {list(shape)} is not that of a tensor")
-    if tensor.tensor_content:
-        if len(tensor.tensor_content) != size * dtype.itemsize or dtype.kind == "O":
-            raise ValueError(f"{len(tensor.tensor_content)} bytes do not fit shape {list(shape)}")
-        return np.frombuffer(tensor.tensor_content, dtype).reshape(shape)
-    values = getattr(tensor, _FIELDS.get(tensor.dtype, "int_val"))
-    if len(values) > size:
-        raise ValueError(f"{len(values)} values do not fit shape {list(shape)}")
-    filled = np.zeros(size, dtype) if dtype.kind != "O" else np.full(size, b"", object)
+    if unknown or min(shape, default=0) < 0 or len(shape) > MAX_RANK or size > MAX_ELEMENTS:
+        raise ValueError(f"shape {shape} is not that of a tensor")
+    if content and size:
+        if dtype.kind == "O" or len(content) != size * dtype.itemsize:
+            raise ValueError(f"{len(content)} bytes do not fit shape {shape} of {dtype_name(tensor.dtype)}")
+        return np.frombuffer(content, dtype).reshape(shape)
+    values = getattr(tensor, _FIELDS.get(tensor.dtype, "int_val"))[:size]
     try:
-        filled[: len(values)] = values
+        # of a half its bits
+        known = np.array(values, np.uint16).view(dtype) if dtype == np.float16 else np.array(values, dtype)
     except OverflowError:
         raise ValueError(f"values do not fit dtype {dtype_name(tensor.dtype)}") from None
-    if values:
-        filled[len(values) :] = values[-1]
-    return filled.reshape(shape)
+    if len(known) == size:
+        return known.reshape(shape)
+    if len(known) < 2:  # one value everywhere needs no memory, whatever the shape claims
+        return np.broadcast_to(known[0] if len(known) else np.array(b"" if dtype.kind == "O" else 0, dtype), shape)
+    return np.concatenate([known, np.full(size - len(known), known[-1], dtype)]).reshape(shape)

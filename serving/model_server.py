@@ -13,32 +13,46 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from penstock.release import MODELS, base_path
 from serving.messages import (
+    MAX_MESSAGE,
+    QUEUE_FULL,
     SERVING_DEFAULT,
-    from_tensor,
+    fill,
     management_messages,
     metadata_messages,
     predict_messages,
     status_messages,
-    to_tensor,
 )
+from serving.monitoring import Metrics
+from serving.pool import BoundedPool
 from serving.rest import Server, metadata
-from serving.servables import Model, RequestError, Servable, Servables
+from serving.servables import Model, RequestError, Servables
 
 THREADS = 4
+QUEUE = 256
+"""Requests that wait for a thread; a further one is told UNAVAILABLE."""
+
+RELOADS = 16
 POLL_SECONDS = 1.0
 DRAIN_SECONDS = 10.0
-MESSAGE_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+PLATFORM = "tensorflow"
+MESSAGE_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
 class _Services:
@@ -47,58 +61,38 @@ class _Services:
     def __init__(self, servables: Servables) -> None:
         self.servables = servables
 
-    def _find(self, request: Any) -> Servable:
-        if not request.HasField("model_spec"):
-            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
-        spec = request.model_spec
-        version = spec.version.value if spec.HasField("version") else None
-        return self.servables.find(spec.name, version, spec.version_label)
-
     def predict(self, request: Any) -> Any:
-        servable = self._find(request)
-        name = request.model_spec.signature_name or SERVING_DEFAULT
-        servable.signature(name)
-        inputs = {}
-        for alias, tensor in request.inputs.items():
-            try:
-                inputs[alias] = from_tensor(tensor)
-            except ValueError as error:
-                message = f"tensor parsing error: {alias}: {error}"
-                raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, message) from None
-        outputs = servable.predict(name, inputs, list(request.output_filter))
-        response = predict_messages.PredictResponse()
-        response.model_spec.name = servable.name
-        response.model_spec.version.value = servable.version
-        response.model_spec.signature_name = name
-        for alias, array in outputs.items():
-            response.outputs[alias].CopyFrom(to_tensor(array))
-        return response
+        name, version, label = _asked(request)
+        with self.servables.lease(name, version, label) as servable:
+            signature = request.model_spec.signature_name or SERVING_DEFAULT
+            outputs = servable.predict(signature, request.inputs, request.output_filter)
+            response = predict_messages.PredictResponse()
+            response.model_spec.name = servable.name
+            response.model_spec.version.value = servable.version
+            response.model_spec.signature_name = signature
+            for alias, array in outputs.items():
+                fill(response.outputs[alias], array)
+            return response
 
     def get_model_metadata(self, request: Any) -> Any:
-        servable = self._find(request)
+        asked = _asked(request)
         if not request.metadata_field:
-            message = "GetModelMetadataRequest must specify at least one metadata_field"
-            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
+            raise _invalid("GetModelMetadataRequest must specify at least one metadata_field")
         for name in request.metadata_field:
             if name != "signature_def":
-                raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, f"Metadata field {name} is not supported")
-        return metadata(servable)
+                raise _invalid(f"Metadata field {name} is not supported")
+        with self.servables.lease(*asked) as servable:
+            return metadata(servable)
 
     def get_model_status(self, request: Any) -> Any:
-        if not request.HasField("model_spec"):
-            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
-        spec = request.model_spec
-        version = spec.version.value if spec.HasField("version") else None
-        if spec.version_label:
-            version = self._find(request).version
+        name, version, _ = _asked(request)  # TF Serving takes no notice of a label here
         response = status_messages.GetModelStatusResponse()
-        for number, state in self.servables.states(spec.name, version).items():
+        for number, state in self.servables.states(name, version).items():
             status = response.model_version_status.add(
                 version=number, state=status_messages.ModelVersionStatus.State.Value(state.state)
             )
-            if state.error:
-                status.status.error_code = grpc.StatusCode.UNKNOWN.value[0]
-                status.status.error_message = state.error
+            status.status.error_code = state.code.value[0]
+            status.status.error_message = state.error
         return response
 
     def handle_reload_config(self, request: Any) -> Any:
@@ -106,22 +100,36 @@ class _Services:
         return management_messages.ReloadConfigResponse()
 
 
+def _asked(request: Any) -> tuple[str, int | None, str]:
+    """The name, version and label that a request asks for."""
+    if not request.HasField("model_spec"):
+        raise _invalid("Missing ModelSpec")
+    spec = request.model_spec
+    return spec.name, spec.version.value if spec.HasField("version") else None, spec.version_label
+
+
 def _models(config: Any) -> list[Model]:
     """A ModelServerConfig as models."""
     if config.WhichOneof("config") != "model_config_list":
-        message = (
+        raise _invalid(
             "ServerModelConfig type not supported by HandleReloadConfigRequest. Only ModelConfigList is currently "
             "supported"
         )
-        raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
     models: list[Model] = []
     for entry in config.model_config_list.config:
-        if not entry.name or not entry.base_path:
-            raise RequestError(
-                grpc.StatusCode.INVALID_ARGUMENT, f"Expected model {entry.name} to have a name and a base_path"
-            )
         if entry.name in {model.name for model in models}:
-            raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, f"Illegal to list model {entry.name} multiple times")
+            raise _invalid(f"Illegal to list model {entry.name} multiple times in config list")
+        if not entry.base_path.startswith("/"):
+            raise _invalid(
+                f"Expected model {entry.name} to have an absolute path or URI; got base_path()={entry.base_path}"
+            )
+        if not entry.model_platform:
+            raise _invalid(
+                "Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
+                "ModelServerConfig::model_platform."
+            )
+        if entry.model_platform != PLATFORM:
+            raise _invalid(f"Model {entry.name} requests unsupported platform {entry.model_platform}")
         choice = entry.model_version_policy
         models.append(
             Model(
@@ -136,42 +144,102 @@ def _models(config: Any) -> list[Model]:
     return models
 
 
-def _unary(act: Callable[[Any], Any], request: Any, response: Any) -> grpc.RpcMethodHandler:
-    def call(message: Any, context: grpc.ServicerContext) -> Any:
-        try:
-            return act(message)
-        except RequestError as error:
-            return context.abort(error.code, error.message)
+@dataclass(frozen=True)
+class _Method:
+    """How a gRPC method is answered: by `act`, on the threads of `pool`."""
 
-    return grpc.unary_unary_rpc_method_handler(
-        call, request_deserializer=request.FromString, response_serializer=response.SerializeToString
-    )
+    act: Callable[[Any], Any]
+    request: Any
+    response: Any
+    pool: BoundedPool
 
 
-def _handlers(servables: Servables) -> tuple[grpc.GenericRpcHandler, ...]:
+class _Handler(grpc.GenericRpcHandler):
+    """Answers what it has room for and refuses the rest before it is read."""
+
+    def __init__(self, methods: dict[str, _Method], metrics: Metrics, known: Callable[[str], bool]) -> None:
+        self._metrics = metrics
+        self._known = known
+        self._refusals = BoundedPool(1, QUEUE, "refusals")
+        self._accepting = {name: self._unary(method) for name, method in methods.items()}
+        self._refusing = {name: self._refusal(method) for name, method in methods.items()}
+        self._methods = methods
+
+    def service(self, handler_call_details: Any) -> Any:
+        """The handler of a call, by whether there is room for it."""
+        name = handler_call_details.method
+        method = self._methods.get(name)
+        if method is None:
+            return None
+        return self._refusing[name] if method.pool.full else self._accepting[name]
+
+    def close(self) -> None:
+        self._refusals.shutdown()
+
+    def _unary(self, method: _Method) -> grpc.RpcMethodHandler:
+        counted = method.request is predict_messages.PredictRequest
+
+        def call(content: bytes, context: grpc.ServicerContext) -> Any:
+            if not context.is_active() or not context.time_remaining():
+                return context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline exceeded before execution")
+            try:
+                message = method.request.FromString(content)
+            except DecodeError as error:  # read here, as grpc logs each with a traceback
+                return context.abort(grpc.StatusCode.INTERNAL, str(error))
+            if not counted:
+                try:
+                    return method.act(message)
+                except RequestError as error:
+                    return context.abort(error.code, error.message)
+            started = time.perf_counter()
+            model = message.model_spec.name if self._known(message.model_spec.name) else ""
+            try:
+                response = method.act(message)
+            except RequestError as error:
+                self._metrics.requests.add(model, error.code.name)
+                return context.abort(error.code, error.message)
+            taken = (time.perf_counter() - started) * 1e6
+            self._metrics.request_latency.add(model, "Predict", "GRPC", microseconds=taken)
+            self._metrics.requests.add(model, "OK")
+            return response
+
+        call.experimental_thread_pool = method.pool  # type: ignore[attr-defined]
+        return grpc.unary_unary_rpc_method_handler(call, response_serializer=method.response.SerializeToString)
+
+    def _refusal(self, method: _Method) -> grpc.RpcMethodHandler:
+        def call(messages: Any, context: grpc.ServicerContext) -> Any:
+            if method.request is predict_messages.PredictRequest:
+                self._metrics.requests.add("", "UNAVAILABLE")
+            return context.abort(
+                grpc.StatusCode.UNAVAILABLE, f"{QUEUE_FULL}: {method.pool.queue} wait already; try again later"
+            )
+
+        call.experimental_thread_pool = self._refusals  # type: ignore[attr-defined]
+        return grpc.stream_unary_rpc_method_handler(call)  # which does not wait for the message
+
+
+def _methods(
+    servables: Servables, predictions: BoundedPool, status: BoundedPool, reloads: BoundedPool
+) -> dict[str, _Method]:
     services = _Services(servables)
-    prediction = {
-        "Predict": _unary(services.predict, predict_messages.PredictRequest, predict_messages.PredictResponse),
-        "GetModelMetadata": _unary(
-            services.get_model_metadata,
-            metadata_messages.GetModelMetadataRequest,
-            metadata_messages.GetModelMetadataResponse,
+    predict, metadata, management = predict_messages, metadata_messages, management_messages
+    return {
+        "/tensorflow.serving.PredictionService/Predict": _Method(
+            services.predict, predict.PredictRequest, predict.PredictResponse, predictions
+        ),
+        "/tensorflow.serving.PredictionService/GetModelMetadata": _Method(
+            services.get_model_metadata, metadata.GetModelMetadataRequest, metadata.GetModelMetadataResponse, status
+        ),
+        "/tensorflow.serving.ModelService/GetModelStatus": _Method(
+            services.get_model_status,
+            status_messages.GetModelStatusRequest,
+            status_messages.GetModelStatusResponse,
+            status,
+        ),
+        "/tensorflow.serving.ModelService/HandleReloadConfigRequest": _Method(
+            services.handle_reload_config, management.ReloadConfigRequest, management.ReloadConfigResponse, reloads
         ),
     }
-    management = {
-        "GetModelStatus": _unary(
-            services.get_model_status, status_messages.GetModelStatusRequest, status_messages.GetModelStatusResponse
-        ),
-        "HandleReloadConfigRequest": _unary(
-            services.handle_reload_config,
-            management_messages.ReloadConfigRequest,
-            management_messages.ReloadConfigResponse,
-        ),
-    }
-    return (
-        grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", prediction),
-        grpc.method_handlers_generic_handler("tensorflow.serving.ModelService", management),
-    )
 
 
 class PortError(RuntimeError):
@@ -181,22 +249,47 @@ class PortError(RuntimeError):
 class ModelServer:
     """The server, from `start` to `stop`. Ports of 0 are chosen free; `grpc_port` and `rest_port` tell which.
 
+    Args:
+        threads: requests that run at once.
+        queue: requests that may wait for them.
+
     Raises:
         PortError: one of the ports is taken.
     """
 
-    def __init__(self, home: Path, grpc_port: int, rest_port: int, host: str = "127.0.0.1") -> None:
-        self.servables = Servables()
+    def __init__(
+        self,
+        home: Path,
+        grpc_port: int,
+        rest_port: int,
+        host: str = "127.0.0.1",
+        threads: int = THREADS,
+        queue: int = QUEUE,
+    ) -> None:
+        self.metrics = Metrics()
+        self.servables = Servables(self.metrics)
         self.models = [Model(name, base_path(home, name)) for name in MODELS]
         self._stopped = threading.Event()
-        self._grpc = grpc.server(ThreadPoolExecutor(THREADS), options=[("grpc.so_reuseport", 0), *MESSAGE_OPTIONS])
-        self._grpc.add_generic_rpc_handlers(_handlers(self.servables))
+        self.pool = BoundedPool(threads, queue, "predict")
+        # a load takes long and a full queue must not hide the status: each has threads of its own
+        status, reloads = BoundedPool(2, queue, "status"), BoundedPool(1, RELOADS, "reload")
+        self._handler = _Handler(
+            _methods(self.servables, self.pool, status, reloads), self.metrics, self.servables.knows
+        )
+        self.metrics.gauge("penstock_model_server_queue_length", lambda: self.pool.waiting)
+        self.metrics.gauge("penstock_model_server_running", lambda: self.pool.running)
+        self._grpc = grpc.server(
+            status,
+            handlers=(self._handler,),
+            options=[("grpc.so_reuseport", 0), *MESSAGE_OPTIONS],
+            maximum_concurrent_rpcs=4 * (threads + queue),
+        )
         try:
             self.grpc_port = self._grpc.add_insecure_port(f"{host}:{grpc_port}")
         except RuntimeError:
             raise PortError(f"port {grpc_port} of {host} is in use; stop what listens there or set another") from None
         try:
-            self._rest = Server((host, rest_port), self.servables)
+            self._rest = Server((host, rest_port), self.servables, self.pool)
         except OSError as error:
             raise PortError(f"port {rest_port} of {host}: {error.strerror}; set another") from None
         self.rest_port: int = self._rest.server_address[1]
@@ -216,13 +309,18 @@ class ModelServer:
     def stop(self) -> None:
         """Takes no more requests, and finishes those that are running."""
         self._stopped.set()
-        self._grpc.stop(DRAIN_SECONDS).wait()
+        ended = self._grpc.stop(DRAIN_SECONDS)
         if self._threads[0].is_alive():
             self._rest.shutdown()
+        self._rest.drain(DRAIN_SECONDS)
         self._rest.server_close()
+        ended.wait()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+        self.pool.shutdown()
+        self._handler.close()
+        self.servables.close()
 
     def _follow(self) -> None:
         while not self._stopped.wait(POLL_SECONDS):
@@ -237,12 +335,21 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=8500)
     parser.add_argument("--rest-port", type=int, default=8501)
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--threads", type=int, default=THREADS, help="requests that run at once")
+    parser.add_argument("--queue", type=int, default=QUEUE, help="requests that may wait for them")
     arguments = parser.parse_args()
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     try:
-        server = ModelServer(arguments.home.resolve(), arguments.grpc_port, arguments.rest_port, arguments.host)
+        server = ModelServer(
+            arguments.home.resolve(),
+            arguments.grpc_port,
+            arguments.rest_port,
+            arguments.host,
+            arguments.threads,
+            arguments.queue,
+        )
     except PortError as error:
         sys.exit(f"model server: {error}")
     server.start()

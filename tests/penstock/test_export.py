@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 import tensorflow as tf
+from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
 from penstock import export, index, training
 from penstock.catalogue import Catalogue
@@ -110,3 +111,19 @@ def test_the_exported_rank_model_scores_as_the_trained_one(rank, examples):
 def test_rows_that_lack_an_input_are_named(rank, examples):
     with pytest.raises(ValueError, match="reads traits"):
         score_rows(rank[2] / "saved_model", read_slice(examples, "test").drop("traits"))
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("recall", 1), ("rank", export.WARM_UP_ITEMS)])
+def test_warm_up_requests_are_what_serving_asks(kind, rows, request):
+    out = request.getfixturevalue(kind)[-1] / "saved_model"
+    signature = tf.saved_model.load(str(out)).signatures["serving_default"]
+    file = out / export.WARM_UP
+    assert file.stat().st_size < 40_000
+    sent = [PredictionLog.FromString(record) for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator()]
+    assert len(sent) == 2
+    for log in sent:
+        inputs = {name: tf.constant(tf.make_ndarray(tensor)) for name, tensor in log.predict_log.request.inputs.items()}
+        answer = signature(**inputs)
+        assert {len(tensor) for tensor in answer.values()} == {rows}
+    longest = max(tensor.shape[1] for tensor in inputs.values() if tensor.shape.rank == 2)
+    assert longest == export.LONGEST

@@ -1,350 +1,417 @@
 from __future__ import annotations
 
+import gc
+import json
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import numpy as np
 import pytest
 import tensorflow as tf
+from prometheus_client.parser import text_string_to_metric_families
 from tensorflow_serving.apis import classification_pb2
 
-from penstock import release, routing
-from penstock.routing import Routing
-from serving.messages import (
-    ModelServiceStub,
-    PredictionServiceStub,
-    from_tensor,
-    management_messages,
-    metadata_messages,
-    predict_messages,
-    status_messages,
-    to_tensor,
-)
+from serving import conformance, rest
+from serving.conformance import GRPC_CHECKS, MODEL, REST_CHECKS, TWO, Subject
+from serving.messages import MAX_MESSAGE, QUEUE_FULL, PredictionLog, SavedModel, from_tensor, to_tensor
 from serving.model_server import ModelServer, PortError
-from tests.serving.conftest import System
+from serving.monitoring import BOUNDS, PATH, Histogram
+from serving.servables import WARM_UP, WARM_UP_RECORDS, Model, RequestError, Servables
 
 ROOT = Path(__file__).resolve().parents[2]
 
-RECALL = {
-    "history_items": np.array([[1, -1]], np.int64),
-    "register_days": np.array([3.0], np.float32),
-    "hour": np.array([4], np.int64),
-    "k": np.array(5, np.int32),
-    "exclude": np.array([[1001]], np.int64),
-}
+
+@pytest.fixture(scope="session")
+def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small models of the conformance suite."""
+    path = tmp_path_factory.mktemp("models")
+    conformance.make(path)
+    return path
+
+
+@contextmanager
+def served(home: Path, base_path: Path, **limits: int) -> Iterator[tuple[ModelServer, Subject]]:
+    server = ModelServer(home, 0, 0, **limits)
+    server.start()
+    subject = conformance.connect(f"127.0.0.1:{server.grpc_port}", f"127.0.0.1:{server.rest_port}", base_path)
+    try:
+        yield server, subject
+    finally:
+        subject.channel.close()
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def started(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModelServer, Subject]]:
+    """A server of a home without a release, as first seen."""
+    with served(tmp_path_factory.mktemp("home"), base_path) as running:
+        yield running
 
 
 @pytest.fixture
-def stubs(system: System):
-    with grpc.insecure_channel(system.address) as channel:
-        yield PredictionServiceStub(channel), ModelServiceStub(channel)
+def subject(started: tuple[ModelServer, Subject]) -> Subject:
+    started[1].serve((1, 2))
+    return started[1]
 
 
-def predict_request(
-    inputs: dict[str, np.ndarray], model: str = "recall", version: int | None = None, **spec: str
-) -> Any:
-    request = predict_messages.PredictRequest()
-    request.model_spec.name = model
-    if version is not None:
-        request.model_spec.version.value = version
-    for key, value in spec.items():
-        setattr(request.model_spec, key, value)
-    for name, array in inputs.items():
-        request.inputs[name].CopyFrom(to_tensor(array))
-    return request
-
-
-def refused(method: Any, request: Any) -> tuple[grpc.StatusCode, str]:
+def refused(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as caught:
-        method(request, timeout=20)
+        call()
     return caught.value.code(), caught.value.details()
 
 
-def test_predict_answers_and_says_by_whom(stubs) -> None:
-    response = stubs[0].Predict(predict_request(RECALL), timeout=20)
-    assert from_tensor(response.outputs["ids"]).tolist() == [[1000, 1002, 1003, 1004, 1005]]
-    assert from_tensor(response.outputs["scores"]).dtype == np.float32
-    spec = response.model_spec
-    assert (spec.name, spec.version.value, spec.signature_name) == ("recall", 1, "serving_default")
+@pytest.mark.parametrize("check", [*GRPC_CHECKS, *REST_CHECKS], ids=lambda check: check.__name__)
+def test_it_does_as_tf_serving_does(started: tuple[ModelServer, Subject], check: Callable[[Subject], None]) -> None:
+    conformance.run(check, started[1])
 
 
-def test_predict_takes_what_a_stock_client_sends(stubs) -> None:
-    request = predict_request({}, version=1, signature_name="recommend")
-    for name, array in RECALL.items():
-        request.inputs[name].CopyFrom(tf.make_tensor_proto(array.tolist(), array.dtype))
-    response = stubs[0].Predict(request, timeout=20)
-    assert tf.make_ndarray(response.outputs["ids"]).tolist() == [[1000, 1002, 1003, 1004, 1005]]
+def test_the_suite_says_what_holds_and_what_does_not(
+    started: tuple[ModelServer, Subject], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(_: Subject) -> None:
+        raise conformance.CheckError("it is not")
+
+    monkeypatch.setattr(conformance, "GRPC_CHECKS", (conformance.a_scalar_is_one, wrong))
+    monkeypatch.setattr(conformance, "REST_CHECKS", (conformance.rest_answers_rows,))
+    server, subject = started
+    addresses = (f"127.0.0.1:{server.grpc_port}", "--rest", f"127.0.0.1:{server.rest_port}")
+    monkeypatch.setattr(sys, "argv", ["", *addresses, "--base-path", str(subject.made)])
+    with pytest.raises(SystemExit) as ended:
+        conformance.main()
+    assert ended.value.code == 1
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines == ["holds  a scalar is one", "FAILS  wrong: it is not", "holds  rest answers rows", "2 of 3 hold"]
 
 
-def test_an_output_filter_chooses(stubs) -> None:
-    request = predict_request(RECALL)
-    request.output_filter.append("ids")
-    assert list(stubs[0].Predict(request, timeout=20).outputs) == ["ids"]
-    request.output_filter.append("ids")
-    assert refused(stubs[0].Predict, request) == (
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "duplicate output tensor alias: ids",
-    )
-    request.output_filter[:] = ["vectors"]
-    code, message = refused(stubs[0].Predict, request)
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert message == (
-        "output tensor alias not found in signature: vectors Outputs expected to be in the set {ids,scores}."
-    )
+def test_a_version_answers_what_its_signature_does(subject: Subject) -> None:
+    """The server runs the graph as TF Serving does, by a way of the session's that is not public."""
+    loaded = tf.saved_model.load(str(subject.made / MODEL / "2"))
+    wanted = loaded.signatures["serving_default"](**{name: tf.constant(array) for name, array in TWO.items()})
+    response = subject.predict(TWO)
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(from_tensor(response.outputs[name]), tensor.numpy())
 
 
-def without(name: str) -> dict[str, np.ndarray]:
-    return {key: value for key, value in RECALL.items() if key != name}
+def test_answers_carry_their_bytes_in_tensor_content(subject: Subject) -> None:
+    tensor = subject.predict(TWO).outputs["y"]
+    assert tensor.tensor_content == np.array([2, 4], np.float32).tobytes()
+    assert not tensor.float_val
 
 
-@pytest.mark.parametrize(
-    ("inputs", "parts"),
-    [
-        (without("k"), ["4!=5", "Sent extra: {}.", "Missing but required: {k}."]),
-        (RECALL | {"age": np.array([1])}, ["6!=5", "Sent extra: {age}.", "Missing but required: {}."]),
-        (without("k") | {"K": RECALL["k"]}, ["input tensor alias not found in signature: K."]),
-        (RECALL | {"k": np.array(5, np.int64)}, ["input k", "expects int32 but int64 is provided"]),
-        (RECALL | {"k": np.array([5], np.int32)}, ["input k", "expects shape [] but [1] is provided"]),
-        (RECALL | {"exclude": np.array([1])}, ["input exclude", "expects shape [-1, -1] but [1] is provided"]),
-        (RECALL | {"k": np.array(-1, np.int32)}, ["k >= 0, got -1"]),
-    ],
-)
-def test_inputs_that_do_not_fit_are_named(stubs, inputs: dict[str, np.ndarray], parts: list[str]) -> None:
-    code, message = refused(stubs[0].Predict, predict_request(inputs))
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert all(part in message for part in parts), message
-
-
-def test_a_tensor_that_is_none_is_refused(stubs) -> None:
-    request = predict_request(RECALL)
-    request.inputs["k"].tensor_content = b"abc"
-    code, message = refused(stubs[0].Predict, request)
-    assert (code, message.startswith("tensor parsing error: k")) == (grpc.StatusCode.INVALID_ARGUMENT, True)
-
-
-@pytest.mark.parametrize(
-    ("spec", "code", "message"),
-    [
-        ({"version": 7}, grpc.StatusCode.NOT_FOUND, "Servable not found for request: Specific(recall, 7)"),
-        ({"model": "nope"}, grpc.StatusCode.NOT_FOUND, "Servable not found for request: Latest(nope)"),
-        ({"model": ""}, grpc.StatusCode.INVALID_ARGUMENT, "ModelSpec has no name specified."),
-        (
-            {"signature_name": "x"},
-            grpc.StatusCode.FAILED_PRECONDITION,
-            'Serving signature key "x" not found.',
-        ),
-        (
-            {"version_label": "stable"},
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "Unrecognized servable version label: stable",
-        ),
-    ],
-)
-def test_what_is_not_served_is_named(stubs, spec: dict[str, Any], code: grpc.StatusCode, message: str) -> None:
-    assert refused(stubs[0].Predict, predict_request(RECALL, **spec)) == (code, message)
-
-
-def test_a_request_without_a_model_is_refused(stubs) -> None:
-    for method, request in (
-        (stubs[0].Predict, predict_messages.PredictRequest()),
-        (stubs[0].GetModelMetadata, metadata_messages.GetModelMetadataRequest()),
-        (stubs[1].GetModelStatus, status_messages.GetModelStatusRequest()),
-    ):
-        assert refused(method, request) == (grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
-
-
-def test_calls_that_are_not_served_are_unimplemented(stubs) -> None:
+def test_services_that_are_not_there_are_unimplemented(subject: Subject) -> None:
     request = classification_pb2.ClassificationRequest()
-    assert refused(stubs[0].Classify, request)[0] is grpc.StatusCode.UNIMPLEMENTED
+    assert refused(lambda: subject.prediction.Classify(request))[0] is grpc.StatusCode.UNIMPLEMENTED
+    status, document = subject.http("POST", f"/v1/models/{MODEL}:classify", "{}")
+    assert (status, document) == (501, {"error": "classify is not served here; use predict"})
 
 
-def test_metadata_describes_the_signatures(stubs) -> None:
-    request = metadata_messages.GetModelMetadataRequest(metadata_field=["signature_def"])
-    request.model_spec.name = "recall"
-    response = stubs[0].GetModelMetadata(request, timeout=20)
-    signatures = metadata_messages.SignatureDefMap()
-    response.metadata["signature_def"].Unpack(signatures)
-    assert response.model_spec.version.value == 1
-    assert set(signatures.signature_def["serving_default"].inputs) == set(RECALL)
-    request.metadata_field[:] = ["weights"]
-    assert refused(stubs[0].GetModelMetadata, request)[1] == "Metadata field weights is not supported"
-    request.metadata_field[:] = []
-    assert "at least one metadata_field" in refused(stubs[0].GetModelMetadata, request)[1]
+def test_a_signature_that_only_initialises_cannot_be_asked(subject: Subject) -> None:
+    code, message = refused(lambda: subject.predict({}, signature="__saved_model_init_op"))
+    assert code is grpc.StatusCode.INTERNAL
+    assert message.startswith("Expected prediction signature method_name to be one of {tensorflow/serving/predict, ")
 
 
-def status(stubs: Any, version: int | None = None) -> dict[int, str]:
-    request = status_messages.GetModelStatusRequest()
-    request.model_spec.name = "recall"
-    if version is not None:
-        request.model_spec.version.value = version
-    response = stubs[1].GetModelStatus(request, timeout=20)
-    name = status_messages.ModelVersionStatus.State.Name
-    return {found.version: name(found.state) for found in response.model_version_status}
+def copied(base_path: Path, folder: Path, version: int) -> Path:
+    """Version 1 of the model, as `version` of a model below `folder`."""
+    out = folder / MODEL / str(version)
+    shutil.copytree(base_path / MODEL / "1", out)
+    return out
 
 
-def reload_request(home: Path, *versions: int, model: str = "recall") -> Any:
-    request = management_messages.ReloadConfigRequest()
-    config = request.config.model_config_list.config.add(name=model, base_path=str(release.base_path(home, model)))
-    config.model_version_policy.specific.versions.extend(versions)
-    return request
+def loaded(folder: Path, *versions: int) -> Servables:
+    servables = Servables()
+    servables.configure([Model(MODEL, folder / MODEL, "specific", versions=versions)])
+    return servables
 
 
-def test_reload_serves_what_it_says_and_keeps_what_it_had_if_that_fails(system: System, stubs) -> None:
-    assert status(stubs, 1) == {1: "AVAILABLE"}
-    release.link(system.home, 2)
-    both = reload_request(system.home, 1, 2)
-    both.config.model_config_list.config[0].version_labels["canary"] = 2
-    stubs[1].HandleReloadConfigRequest(both, timeout=60)
-    assert status(stubs)[2] == "AVAILABLE"
-    labelled = stubs[0].Predict(predict_request(RECALL, version_label="canary"), timeout=20)
-    assert labelled.model_spec.version.value == 2
-    code, message = refused(stubs[1].HandleReloadConfigRequest, reload_request(system.home, 2, 9))
-    assert code is grpc.StatusCode.NOT_FOUND
-    assert "Could not find version 9 of model recall" in message
-    assert status(stubs) == status(stubs) | {1: "AVAILABLE", 2: "AVAILABLE"}
-    stubs[1].HandleReloadConfigRequest(reload_request(system.home, 2), timeout=60)
-    assert status(stubs) == status(stubs) | {1: "END", 2: "AVAILABLE"}
-    assert refused(stubs[0].Predict, predict_request(RECALL, version=1))[0] is grpc.StatusCode.NOT_FOUND
-    request = status_messages.GetModelStatusRequest()
-    request.model_spec.name = "recall"
-    request.model_spec.version.value = 77
-    assert refused(stubs[1].GetModelStatus, request) == (
-        grpc.StatusCode.NOT_FOUND,
-        "Could not find version 77 of model recall",
-    )
-
-
-def test_a_model_that_does_not_load_is_said_and_harms_nobody(system: System, stubs, tmp_path: Path) -> None:
-    broken = tmp_path / "recall" / "5"
-    shutil.copytree(release.directory(system.home, 1) / "recall", broken)
-    (broken / "saved_model.pb").chmod(0o644)
-    (broken / "saved_model.pb").write_bytes(b"no graph")
-    request = management_messages.ReloadConfigRequest()
-    config = request.config.model_config_list.config.add(name="recall", base_path=str(broken.parent))
-    config.model_version_policy.specific.versions.append(5)
-    code, message = refused(stubs[1].HandleReloadConfigRequest, request)
-    assert code is grpc.StatusCode.FAILED_PRECONDITION
-    assert message.startswith("recall version 5 does not load")
-    assert stubs[0].Predict(predict_request(RECALL), timeout=20).model_spec.version.value == 1
+def test_an_input_with_a_default_may_be_left_out(base_path: Path, tmp_path: Path) -> None:
+    file = copied(base_path, tmp_path, 1) / "saved_model.pb"
+    document = SavedModel.FromString(file.read_bytes())
+    document.meta_graphs[0].signature_def["serving_default"].defaults["n"].CopyFrom(to_tensor(np.array([7])))
+    file.write_bytes(document.SerializeToString())
+    servables = loaded(tmp_path, 1)
+    with servables.lease(MODEL) as servable:
+        outputs = servable.predict("", {"x": to_tensor(TWO["x"])})
+        assert outputs["z"].tolist() == [8]
+        with pytest.raises(RequestError, match="Signature input alias: x") as caught:
+            servable.predict("", {"n": to_tensor(TWO["n"])})
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "no default value provided" in caught.value.message
+    servables.close()
 
 
 @pytest.mark.parametrize(
-    ("configs", "message"),
-    [([("recall", "")], "to have a name and a base_path"), ([("a", "/x"), ("a", "/x")], "list model a multiple times")],
-)
-def test_a_config_that_is_none_is_refused(stubs, configs: list[tuple[str, str]], message: str) -> None:
-    request = management_messages.ReloadConfigRequest()
-    assert "ServerModelConfig type not supported" in refused(stubs[1].HandleReloadConfigRequest, request)[1]
-    for name, base_path in configs:
-        request.config.model_config_list.config.add(name=name, base_path=base_path)
-    code, text = refused(stubs[1].HandleReloadConfigRequest, request)
-    assert (code, message in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
-
-
-def test_rest_answers_by_row_and_by_column(system: System) -> None:
-    columns = {name: array.tolist() for name, array in RECALL.items()}
-    answer = httpx.post(f"{system.rest}/v1/models/recall/versions/1:predict", json={"inputs": columns})
-    assert answer.json()["outputs"]["ids"] == [[1000, 1002, 1003, 1004, 1005]]
-    row = {"item_id": 1001, "user_id": 1, "history_items": [1], "tags": [], "scenario": 0, "item_age_hours": 12}
-    rows = [row | {"item_click_rate_7d": rate} for rate in (0.25, 0.5)]
-    answer = httpx.post(f"{system.rest}/v1/models/rank:predict", json={"instances": rows})
-    assert answer.json() == {
-        "predictions": [
-            {"click": 1.0, "like": 0.5, "long_view": 0.25},
-            {"click": 1.0, "like": 0.5, "long_view": 0.5},
-        ]
-    }
-
-
-def test_rest_tells_status_and_metadata(system: System) -> None:
-    found = httpx.get(f"{system.rest}/v1/models/rank/versions/1").json()
-    available = {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
-    assert found == {"model_version_status": [available]}
-    assert available in httpx.get(f"{system.rest}/v1/models/rank").json()["model_version_status"]
-    described = httpx.get(f"{system.rest}/v1/models/rank/metadata").json()
-    assert described["model_spec"] == {"name": "rank", "signature_name": "", "version": "1"}
-    inputs = described["metadata"]["signature_def"]["signature_def"]["serving_default"]["inputs"]
-    assert inputs["item_id"]["dtype"] == "DT_INT64"
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "status_code", "message"),
+    ("spoil", "code", "reason"),
     [
-        ("recall/versions/7:predict", "{}", 404, "Servable not found for request: Specific(recall, 7)"),
-        ("nope:predict", "{}", 404, "Servable not found for request: Latest(nope)"),
-        ("recall:predict", "{", 400, "JSON Parse error"),
-        ("recall:predict", "[]", 400, "is not object"),
-        ("recall:predict", "{}", 400, "Missing 'inputs' or 'instances' key"),
-        ("recall:predict", '{"inputs": {}, "instances": []}', 400, "only one of 'inputs' or 'instances'"),
-        ("recall:predict", '{"instances": []}', 400, "No values in 'instances' array"),
-        ("recall:predict", '{"instances": 1}', 400, "to be an list/array"),
-        ("recall:predict", '{"instances": [1]}', 400, "expecting list of objects"),
-        ("recall:predict", '{"instances": [{"k": 1}]}', 400, "must only have keys: exclude,history_items,hour,k"),
-        ("recall:predict", '{"inputs": [1]}', 400, "inputs is a plain value/list"),
-        ("recall:predict", '{"inputs": {"k": 1}}', 400, "Missing named input: "),
-        ("recall:predict", '{"signature_name": "x", "inputs": {}}', 400, 'Serving signature key "x" not found.'),
-        ("recall:predict", '{"signature_name": 1, "inputs": {}}', 400, "must be a string"),
-        ("recall:explain", "{}", 400, "Malformed request: POST /v1/models/recall:explain"),
-        ("recall", "{}", 400, "Malformed request: POST"),
+        (lambda path: path.write_bytes(b"no graph"), grpc.StatusCode.DATA_LOSS, "Cannot parse"),
+        (lambda path: path.unlink(), grpc.StatusCode.NOT_FOUND, "Could not find SavedModel .pb or .pbtxt"),
     ],
 )
-def test_rest_says_what_is_wrong(system: System, path: str, body: str, status_code: int, message: str) -> None:
-    response = httpx.post(f"{system.rest}/v1/models/{path}", content=body)
-    assert response.status_code == status_code
-    assert message in response.json()["error"]
+def test_a_model_that_does_not_load_is_said_and_harms_nobody(
+    base_path: Path, tmp_path: Path, spoil: Callable[[Path], None], code: grpc.StatusCode, reason: str
+) -> None:
+    copied(base_path, tmp_path, 1)
+    copied(base_path, tmp_path, 2)
+    spoil(copied(base_path, tmp_path, 5) / "saved_model.pb")
+    servables = loaded(tmp_path, 1)
+    servables.configure([Model(MODEL, tmp_path / MODEL, "specific", versions=(1,), labels={"stable": 1})])
+    with pytest.raises(RequestError, match=f"{MODEL} version 5 does not load: {reason}") as caught:
+        servables.configure([Model(MODEL, tmp_path / MODEL, "specific", versions=(1, 2, 5))])
+    assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert servables.states(MODEL, 5)[5].code is code
+    assert servables.served == {MODEL: [1]}
+    with servables.lease(MODEL, label="stable") as servable:
+        assert servable.version == 1
+    while servables.states(MODEL, 2)[2].state != "END":  # it was loaded in vain
+        time.sleep(0.01)
+    servables.close()
+
+
+def test_a_base_path_that_changes_loads_the_version_anew(base_path: Path, tmp_path: Path) -> None:
+    copied(base_path, tmp_path / "a", 1)
+    copied(base_path, tmp_path / "b", 1)
+    servables = loaded(tmp_path / "a", 1)
+    with servables.lease(MODEL) as before:
+        servables.configure([Model(MODEL, tmp_path / "b" / MODEL, "specific", versions=(1,))])
+        with servables.lease(MODEL) as after:
+            assert after is not before
+        assert before.predict("", {name: to_tensor(array) for name, array in TWO.items()})
+    assert servables.states(MODEL)[1].state == "AVAILABLE"
+    servables.close()
+
+
+def test_an_unloaded_version_is_freed_when_its_last_request_ends(base_path: Path, tmp_path: Path) -> None:
+    copied(base_path, tmp_path, 1)
+    copied(base_path, tmp_path, 2)
+    servables = loaded(tmp_path, 1)
+    with servables.lease(MODEL, 1) as servable:
+        gone = weakref.ref(servable)
+        servables.configure([Model(MODEL, tmp_path / MODEL, "specific", versions=(2,))])
+        assert servables.states(MODEL, 1)[1].state == "UNLOADING"
+        assert servable.predict("", {name: to_tensor(array) for name, array in TWO.items()})
+    del servable
+    while servables.states(MODEL, 1)[1].state != "END":
+        time.sleep(0.01)
+    deadline = time.monotonic() + 20
+    while gone() is not None and time.monotonic() < deadline:
+        gc.collect()
+    assert gone() is None
+    servables.close()
+
+
+def records(path: Path, logs: list[PredictionLog]) -> None:
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for log in logs:
+            writer.write(log.SerializeToString())
+
+
+def test_a_thousand_warm_up_requests_are_run_and_no_more_are_taken(base_path: Path, tmp_path: Path) -> None:
+    log = PredictionLog()
+    for name, array in TWO.items():
+        log.predict_log.request.inputs[name].CopyFrom(to_tensor(array))
+    records(copied(base_path, tmp_path, 1) / WARM_UP, [log] * WARM_UP_RECORDS)
+    records(copied(base_path, tmp_path, 2) / WARM_UP, [log] * (WARM_UP_RECORDS + 1))
+    servables = loaded(tmp_path, 1)
+    assert f":tensorflow:serving:runtime_latency_count{{{of(MODEL)}}} {WARM_UP_RECORDS}\n" in servables.metrics.page()
+    with pytest.raises(RequestError, match=rf"Number of warmup records exceeds the maximum \({WARM_UP_RECORDS}\)"):
+        servables.configure([Model(MODEL, tmp_path / MODEL, "specific", versions=(1, 2))])
+    servables.close()
+
+
+def of(model: str) -> str:
+    return f'model_name="{model}",API="Predict",runtime="TF1"'
+
+
+def test_a_warm_up_of_another_kind_is_refused_or_left_out(base_path: Path, tmp_path: Path) -> None:
+    session, classify = PredictionLog(), PredictionLog()
+    session.session_run_log.SetInParent()
+    classify.classify_log.SetInParent()
+    records(copied(base_path, tmp_path, 1) / WARM_UP, [session])
+    records(copied(base_path, tmp_path, 2) / WARM_UP, [classify])
+    with pytest.raises(RequestError, match="Unsupported log_type for warmup: 5"):
+        loaded(tmp_path, 1)
+    loaded(tmp_path, 2).close()
+
+
+@contextmanager
+def busy(subject: Subject, requests: int, seconds: float = 1.0) -> Iterator[list[Future[Any]]]:
+    """So many requests that take their time, sent from threads of their own."""
+    wait = {"seconds": np.array(seconds)}
+    with ThreadPoolExecutor(requests) as pool:
+        yield [pool.submit(subject.predict, wait, signature="wait") for _ in range(requests)]
+
+
+def test_what_it_has_no_room_for_is_refused_at_once(base_path: Path, tmp_path: Path) -> None:
+    with served(tmp_path, base_path, threads=1, queue=2) as (server, subject):
+        subject.serve((1,))
+        with busy(subject, 3) as asked:
+            until(lambda: server.pool.waiting == 2)
+            code, message = refused(lambda: subject.predict(TWO))
+            assert (code, message) == (
+                grpc.StatusCode.UNAVAILABLE,
+                f"{QUEUE_FULL}: 2 wait already; try again later",
+            )
+            status, document = subject.http("POST", f"/v1/models/{MODEL}:predict", {"inputs": {}})
+            assert (status, document) == (503, {"error": message})
+            assert subject.available() == {1}  # whoever asks how it stands is answered
+            assert "penstock_model_server_queue_length{} 2\n" in subject.http("GET", PATH)[1]
+            assert [request.exception() for request in asked] == [None] * 3
+        assert list(subject.predict(TWO).outputs)
+        page = subject.http("GET", PATH)[1]
+        assert "penstock_model_server_queue_length{} 0\n" in page
+        assert ':tensorflow:serving:request_count{model_name="",status="UNAVAILABLE"} 1\n' in page
+
+
+def test_a_request_whose_deadline_has_passed_is_not_run(base_path: Path, tmp_path: Path) -> None:
+    with served(tmp_path, base_path, threads=1) as (server, subject):
+        subject.serve((1,))
+        with busy(subject, 1) as asked:
+            until(lambda: server.pool.running == 1)
+            request = conformance._request(TWO)
+            code, _ = refused(lambda: subject.prediction.Predict(request, timeout=0.1))
+            assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert asked[0].exception() is None
+        until(lambda: not server.pool.running)
+        assert f":tensorflow:serving:runtime_latency_count{{{of(MODEL)}}} 1\n" in server.metrics.page()
+
+
+def test_rest_has_a_deadline(base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest, "SECONDS", 0.2)
+    with served(tmp_path, base_path) as (_, subject):
+        subject.serve((1,))
+        body = {"signature_name": "wait", "inputs": 0.5}
+        assert subject.http("POST", f"/v1/models/{MODEL}:predict", body)[0] == 504
+
+
+def test_a_message_that_is_too_large_is_refused(subject: Subject) -> None:
+    rows = np.zeros(MAX_MESSAGE // 4, np.float32)
+    code, message = refused(lambda: subject.predict(TWO | {"x": rows}))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in message
+
+
+def test_few_bytes_that_claim_much_memory_are_refused(subject: Subject) -> None:
+    request = conformance._request(TWO)
+    tensor = request.inputs["n"]
+    tensor.tensor_content = b""
+    tensor.tensor_shape.dim[0].size = (1 << 25) + 1
+    code, message = refused(lambda: subject.prediction.Predict(request))
+    assert (code, "bytes" in message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
-    [("1.5", "not of expected type: int64"), ('"a"', "not of expected type"), ("[1, [2]]", "lists of different sizes")],
+    ("length", "status"), [(str(MAX_MESSAGE + 1), b"413"), ("many", b"413"), ("-1", b"413"), (None, b"411")]
 )
-def test_rest_says_which_value_is_wrong(system: System, value: str, message: str) -> None:
-    inputs = '"history_items": [[1]], "register_days": [1], "k": 1, "exclude": [[]], "hour": ' + value
-    response = httpx.post(f"{system.rest}/v1/models/recall:predict", content=f'{{"inputs": {{{inputs}}}}}')
-    assert response.status_code == 400
-    assert response.json()["error"].startswith("input hour: ")
-    assert message in response.json()["error"]
+def test_a_body_must_say_its_length(subject: Subject, length: str | None, status: bytes) -> None:
+    said = f"Content-Length: {length}\r\n" if length else ""
+    request = f"POST /v1/models/{MODEL}:predict HTTP/1.1\r\nHost: a\r\n{said}\r\n"
+    with socket.create_connection(("127.0.0.1", int(subject.rest.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(request.encode())
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))  # it also ends the connection
+    assert answer.split(b" ")[1] == status
 
 
-def test_rest_names_models_that_are_not_there(system: System) -> None:
-    response = httpx.get(f"{system.rest}/v1/models/nope")
-    assert (response.status_code, response.json()) == (404, {"error": "Could not find any versions of model nope"})
-    assert httpx.get(f"{system.rest}/v2").status_code == 400
+def test_connections_are_bounded(base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest, "CONNECTIONS", 2)
+    with served(tmp_path, base_path) as (server, _), ExitStack() as open_:
+        address = ("127.0.0.1", server.rest_port)
+        request = b"GET /v1/models/q HTTP/1.1\r\nHost: a\r\n\r\n"
+        for _ in range(2):
+            connection = open_.enter_context(socket.create_connection(address, timeout=20))
+            connection.sendall(request)
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 404")
+        with socket.create_connection(address, timeout=20) as connection:
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 503")
 
 
-def test_a_server_follows_its_base_paths_until_it_is_told_otherwise(started: System, tmp_path: Path) -> None:
-    (tmp_path / "releases").symlink_to(started.home / "releases")
+def test_metrics_are_prometheus_and_do_not_grow_with_what_is_asked(subject: Subject) -> None:
+    subject.predict(TWO)
+    subject.http("POST", f"/v1/models/{MODEL}:predict", {"inputs": {"x": [1], "n": [1]}})
+    for name in ("q", "r"):
+        refused(lambda name=name: subject.predict(TWO, model=name))
+    page = subject.http("GET", PATH)[1]
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    counts = {tuple(s.labels.values()): s.value for s in families[":tensorflow:serving:request_count"].samples}
+    assert counts[MODEL, "OK"] >= 2
+    assert counts["", "NOT_FOUND"] >= 2
+    assert {model for model, _ in counts} == {MODEL, ""}
+    latency = families[":tensorflow:serving:request_latency"]
+    assert latency.type == "histogram"
+    assert {sample.labels["entrypoint"] for sample in latency.samples} == {"GRPC", "REST"}
+    path = str(subject.made / MODEL / "1")
+    attempts = families[":tensorflow:cc:saved_model:load_attempt_count"].samples
+    assert {"model_path": path, "status": "success"} in [sample.labels for sample in attempts]
+    (taken,) = [
+        s for s in families[":tensorflow:cc:saved_model:load_latency"].samples if s.labels["model_path"] == path
+    ]
+    assert 1e3 < taken.value < 1e8
+
+
+def test_latencies_fall_into_tf_servings_buckets() -> None:
+    histogram = Histogram("latency", ("model",))
+    for value in (10.0, 10.1, 18.0, 1e12):
+        histogram.add('a"b', microseconds=value)
+    lines = histogram.lines()
+    assert lines[:3] == [
+        'latency_bucket{model="a\\"b",le="10"} 1',
+        'latency_bucket{model="a\\"b",le="18"} 3',
+        'latency_bucket{model="a\\"b",le="32.4"} 3',
+    ]
+    assert lines[len(BOUNDS) - 1 : len(BOUNDS) + 1] == [
+        f'latency_bucket{{model="a\\"b",le="{10 * 1.8**32:g}"}} 3',
+        'latency_bucket{model="a\\"b",le="+Inf"} 4',
+    ]
+    assert lines[-1] == 'latency_count{model="a\\"b"} 4'
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits for it; the test's own time limit ends that."""
+    while not holds():
+        time.sleep(0.01)
+
+
+def test_a_server_follows_its_base_paths_until_it_is_told_otherwise(base_path: Path, tmp_path: Path) -> None:
     server = ModelServer(tmp_path, 0, 0)
     try:
         server.servables.follow(server.models)
         assert server.servables.served == {"recall": [], "rank": []}
-        release.link(tmp_path, 1)
-        (tmp_path / "models" / "recall" / "4").mkdir()
+        (tmp_path / "models" / "recall" / "4").mkdir(parents=True)
+        shutil.copytree(base_path / MODEL / "1", tmp_path / "models" / "recall" / "1")
         (message,) = server.servables.follow()
         assert message.startswith("recall version 4 does not load")
-        assert server.servables.served == {"recall": [1], "rank": [1]}
+        assert server.servables.served == {"recall": [1], "rank": []}
         assert server.servables.follow() == []
-        release.unlink_all_but(tmp_path, ())
+        shutil.rmtree(tmp_path / "models" / "recall")
         server.servables.follow()
         assert server.servables.served == {"recall": [], "rank": []}
     finally:
         server.stop()
 
 
-def test_a_port_in_use_is_named(started: System, tmp_path: Path) -> None:
-    for ports in ((started.server.grpc_port, 0), (0, started.server.rest_port)):
+def test_a_port_in_use_is_named(started: tuple[ModelServer, Subject], tmp_path: Path) -> None:
+    server, _ = started
+    for ports in ((server.grpc_port, 0), (0, server.rest_port)):
         with pytest.raises(PortError, match=f"port {max(ports)} of 127.0.0.1"):
             ModelServer(tmp_path, *ports)
 
 
-def test_the_command_runs_without_a_release_and_ends_on_sigterm(tmp_path: Path) -> None:
-    routing.write(tmp_path / "routing.json", Routing())
+def test_the_command_answers_what_runs_when_it_is_told_to_end(base_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "models" / "recall").mkdir(parents=True)
+    (tmp_path / "models" / "recall" / "1").symlink_to(base_path / MODEL / "1")
     command = [sys.executable, "-m", "serving.model_server", "--home", str(tmp_path), "--grpc-port", "0"]
     with subprocess.Popen(
         [*command, "--rest-port", "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -352,16 +419,34 @@ def test_the_command_runs_without_a_release_and_ends_on_sigterm(tmp_path: Path) 
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert line.endswith("serving recall [], rank []\n"), line
-            address = line.split("gRPC ")[1].split(",")[0]
-            with grpc.insecure_channel(address) as channel:
-                code, _ = refused(PredictionServiceStub(channel).Predict, predict_request(RECALL))
-            assert code is grpc.StatusCode.NOT_FOUND
-            process.send_signal(signal.SIGTERM)
+            assert line.endswith("serving recall [1], rank []\n"), line
+            found = re.search(r"gRPC (\S+), REST (\S+),", line)
+            assert found is not None
+            subject = conformance.connect(found[1], found[2], base_path)
+            wait = {"seconds": np.array(1.5)}
+            with ThreadPoolExecutor(2) as pool:
+                over_grpc = pool.submit(subject.predict, wait, model="recall", signature="wait")
+                body = json.dumps({"signature_name": "wait", "inputs": 1.5})
+                over_rest = pool.submit(subject.http, "POST", "/v1/models/recall:predict", body)
+                time.sleep(0.5)
+                process.send_signal(signal.SIGTERM)
+                assert from_tensor(over_grpc.result().outputs["version"]) == 1
+                status, document = over_rest.result()
+                assert (status, document["outputs"]["version"]) == (200, 1)
             assert process.wait(30) == 0
+            subject.channel.close()
             assert process.stderr is not None
             # the one line that TensorFlow writes whatever it is told
             said = [text for text in process.stderr.read().splitlines() if "absl::InitializeLog" not in text]
             assert [text for text in said if not text.startswith("I0000")] == []
         finally:
             process.kill()
+
+
+def test_nothing_is_left_running(base_path: Path, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with served(tmp_path, base_path) as (_, subject):
+        subject.serve((1,))
+        subject.predict(TWO)
+    left = [thread.name for thread in set(threading.enumerate()) - before if not thread.daemon]
+    assert left == []
