@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-sparse-experts | bench-weights | position-trials | expert-trials gate-trials
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -28,7 +28,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-sparse-experts bench-weights position-trials expert-trials gate-trials features-doc lock clean
+.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
 
 setup: $(READY)
 
@@ -118,6 +118,10 @@ expert-trials: $(READY)
 # Bad candidates of every kind, the same model under other seeds, and true improvements before the gate, in an hour.
 gate-trials: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.gate_trials $(if $(QUICK),--quick)
+
+# Equal and unequal releases under peeking, harmful canaries, and wrong splits, in some ten minutes; QUICK=1 is a smaller form.
+ab-trials: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.ab_trials $(if $(QUICK),--quick)
 
 # Every rank model beside gradient-boosted trees, 5 seeds each, in about three hours; QUICK=1 is a smaller form.
 bench-rank: $(READY) $(TREES)
