@@ -189,7 +189,7 @@ class ModelClient:
             raise ValueError(f"labels {dict(labels)} are not all of versions {wanted}")
         deadline = time.monotonic() + seconds
         what = f"loading of {', '.join(base_paths)} versions {', '.join(map(str, wanted))}"
-        now = {model: self._labels(model, {*LABELS, *(labels or {})}) for model in base_paths}
+        now = {model: self.labels(model, {*LABELS, *(labels or {})}) for model in base_paths}
         kept = {model: sorted({*wanted, *now[model].values()}) for model in base_paths}
         last = {
             model: {label: version for label, version in now[model].items() if version in wanted}
@@ -233,7 +233,7 @@ class ModelClient:
                 grpc.StatusCode.FAILED_PRECONDITION, f"{what} at {self.address}: {response.status.error_message}"
             )
 
-    def _labels(self, model: str, names: Iterable[str]) -> dict[str, int]:
+    def labels(self, model: str, names: Iterable[str]) -> dict[str, int]:
         """The labels that lead to a version now; TF Serving does not list them."""
         found = {}
         for label in sorted(names):

@@ -109,9 +109,9 @@ def test_labels_stay_unless_others_are_given(server: ModelServer, client: ModelC
     client.load(paths, (1, 2), labels={"stable": 1, "canary": 2, "other": 2})
     client.load(paths, (1, 3))
     assert labelled(server.servables, "stable") == [1]
-    assert client._labels(MODEL, ("stable", "canary", "other")) == {"stable": 1}
+    assert client.labels(MODEL, ("stable", "canary", "other")) == {"stable": 1}
     client.load(paths, (1, 3), labels={})
-    assert client._labels(MODEL, ("stable", "canary", "other")) == {}
+    assert client.labels(MODEL, ("stable", "canary", "other")) == {}
     with pytest.raises(ValueError, match=r"labels \{'stable': 2\} are not all of versions \[1, 3\]"):
         client.load(paths, (1, 3), labels={"stable": 2})
 
