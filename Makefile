@@ -78,6 +78,14 @@ status: $(READY)
 mend: $(READY)
 	@$(if $(FILE),$(BIN)/python -m local mend "$(FILE)",echo "Say which: make mend FILE=path/to/quarantine"; exit 1)
 
+# What is live against what the model server, the release store and MLflow have; MEND=1 brings them together.
+reconcile: $(READY)
+	@$(BIN)/python -m local reconcile $(if $(MEND),--mend)
+
+# Some 250 faults over every step of a release, under constant requests, in some fifteen minutes; QUICK=1 is a smaller form.
+release-trials: $(READY) servers
+	@$(BIN)/python -W ignore -m benchmarks.release_trials $(if $(QUICK),--quick)
+
 test: $(READY) servers
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 

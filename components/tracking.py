@@ -178,6 +178,22 @@ def set_aliases(tracking_uri: str, *, champion: int | None, challenger: int | No
             client.set_registered_model_alias(MODEL, alias, version)
 
 
+def aliases(tracking_uri: str) -> dict[str, int | None]:
+    """The releases that the aliases champion and challenger point at; None where there is no such alias.
+
+    Raises:
+        TrackingError: MLflow is away or refuses.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found: dict[str, int | None] = dict.fromkeys(("champion", "challenger"))
+    with _client(tracking_uri) as client:
+        for alias in found:
+            with contextlib.suppress(MlflowException):  # there is none
+                found[alias] = int(client.get_model_version_by_alias(MODEL, alias).tags["release"])
+    return found
+
+
 def run_url(tracking_uri: str, run_id: str) -> str:
     """The page of a run in MLflow's interface; empty if there is no server to ask."""
     found = _ask(tracking_uri, f"runs/get?run_id={run_id}")

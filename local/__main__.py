@@ -1,9 +1,10 @@
-"""`python -m local up | down | status | demo | mend`: the whole system on one machine."""
+"""`python -m local up | down | status | demo | mend | reconcile`: the whole system on one machine."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def main() -> int:
     demo.add_argument("--options", type=json.loads, default={}, help="settings of the simulator, as JSON")
     back = commands.add_parser("mend", help="bring corrected rows of a quarantine back into the log")
     back.add_argument("file", type=Path, help="a quarantine file, or a copy of it, in which a person corrected values")
+    agree = commands.add_parser("reconcile", help="what is live against what serving and MLflow have")
+    agree.add_argument("--mend", action="store_true", help="bring them together")
     arguments = parser.parse_args()
     try:
         place = Place.from_environment(data=arguments.data if arguments.command == "demo" else None)
@@ -84,6 +87,10 @@ def main() -> int:
             return 0
         if arguments.command == "mend":
             return mend(place, arguments.file)
+        if arguments.command == "reconcile":
+            from local import reconcile
+
+            return reconcile.run(place, dict(os.environ), mend=arguments.mend)
         from local.demo import run
 
         return run(place, arguments.data, keep=bool(arguments.keep), options=arguments.options)

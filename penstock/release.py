@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -241,13 +241,24 @@ def prune(home: Path, document: routing.Routing, keep: int, store: ReleaseStore 
                 if number in there:
                     assert store is not None
                     store.delete(number)
-                if number in here:  # out of sight in one step, so that a killed deletion leaves no half release
-                    gone = folder / f".deleting-{number}"
-                    directory(home, number).rename(gone)
-                    shutil.rmtree(gone)
+                if number in here:
+                    _delete(home, number)
     except OSError as error:
         raise ReleaseError(f"{folder}: old releases are not deleted: {error}; run it again") from error
     return doomed
+
+
+def discard(home: Path, number: int) -> None:
+    """Deletes this machine's copy of release `number`, for it to be fetched again."""
+    with exclusively(home):
+        _delete(home, number)
+
+
+def _delete(home: Path, number: int) -> None:
+    """Out of sight in one step, so that a killed deletion leaves no half release."""
+    gone = home / "releases" / f".deleting-{number}"
+    directory(home, number).rename(gone)
+    shutil.rmtree(gone)
 
 
 def base_path(home: Path, model: str) -> Path:
@@ -261,7 +272,7 @@ def link(home: Path, number: int) -> None:
         replace_link(base_path(home, model) / str(number), f"../../releases/{number}/{model}")
 
 
-def unlink_all_but(home: Path, kept: tuple[int, ...]) -> None:
+def unlink_all_but(home: Path, kept: Collection[int]) -> None:
     """Takes all releases but `kept` away from the base paths, so that a restarted model server loads no more."""
     names = {str(number) for number in kept}
     for model in MODELS:

@@ -124,6 +124,14 @@ def rollback(routing: Routing, leaving: int | None = None) -> Routing:
     return replace(withdraw(routing), champion=routing.previous[-1], previous=routing.previous[:-1])
 
 
+def is_whole(path: Path) -> bool:
+    """Whether the document at `path` can be read without the journal."""
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except (OSError, ValueError):
+        return False
+
+
 def without(routing: Routing, gone: Container[int]) -> Routing:
     """`routing` less the former champions that there are no more to go back to."""
     return replace(routing, previous=tuple(number for number in routing.previous if number not in gone))

@@ -61,7 +61,7 @@ def check(client: ModelClient, number: int, heads: Sequence[str], expected: Answ
     for head in heads:
         if head not in found["rank"] or not np.isfinite(found["rank"][head]).all():
             raise ReleaseError(f"rank of release {number} gives no finite {head}; do not use it")
-    wrong = _differing(found, expected)
+    wrong = differing(found, expected)
     if wrong:
         raise ReleaseError(
             f"what the model server at {client.address} has loaded as release {number} is not that release: "
@@ -69,7 +69,8 @@ def check(client: ModelClient, number: int, heads: Sequence[str], expected: Answ
         )
 
 
-def _differing(found: Answers, expected: Answers) -> list[str]:
+def differing(found: Answers, expected: Answers) -> list[str]:
+    """The outputs by which two `answers` are not of the same models; items that score alike may change places."""
     places = {item: place for place, item in enumerate(found["recall"]["ids"])}
     wanted = expected["recall"]["scores"]
     scale = TOLERANCE * max(np.abs(wanted).max(), np.finfo(np.float32).tiny)

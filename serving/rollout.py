@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ def withdraw(home: Path, *, by: str, reason: str, at: Servers | None = None) -> 
                 routing.write(path, after)
                 with _afterwards(), _client(_servers(at)) as client:
                     loaded = {int(path.name) for path in base_path(home, MODELS[0]).glob("[0-9]*")}
-                    client.load(_base_paths(home), sorted(loaded), labels=_labels(after, loaded))
+                    client.load(_base_paths(home), sorted(loaded), labels=labels(after, loaded))
             return after
     except (RoutingError, OSError) as error:
         raise RolloutError(f"nothing was changed: {error}") from error
@@ -111,9 +111,42 @@ def load(home: Path, number: int, *, at: Servers | None = None) -> None:
     servers = _servers(at)
     try:
         with routing.changing(_document(home)) as before, _client(servers) as client:
-            _load(home, client, servers, before, (number,))
+            _load(home, client, servers, before, Routing(champion=number))
     except (RoutingError, ReleaseError, ModelError, OSError) as error:
         raise RolloutError(f"release {number} is not loaded: {error}") from error
+
+
+def reload(home: Path, *, at: Servers | None = None) -> Routing:
+    """Loads again what the routing document names, and writes the document and the store's releases where they lack.
+
+    Raises as `promote`.
+    """
+    path, servers = _document(home), _servers(at)
+    try:
+        with routing.changing(path) as live, _client(servers) as client:
+            if live.champion is None:
+                raise RoutingError("no release is live: there is nothing to load")
+            if servers.releases:
+                _agree(home, ReleaseStore(servers.releases), live.answering)
+            loaded = _load(home, client, servers, live, live)
+            if path.exists() and not routing.is_whole(path):
+                routing.write(path, live)
+            client.load(_base_paths(home), loaded, labels=labels(live, loaded))
+            release.unlink_all_but(home, loaded)
+            return live
+    except (RoutingError, ReleaseError, ModelError, OSError) as error:
+        raise RolloutError(f"what is live is not loaded again: {error}") from error
+
+
+def _agree(home: Path, store: ReleaseStore, numbers: Iterable[int]) -> None:
+    """Publishes what the store lacks, and drops what is damaged here, for it to be fetched."""
+    stored = store.numbers()
+    for number in numbers:
+        if number not in stored:
+            release.verify(home, number)
+            store.publish(release.directory(home, number), number)
+        elif number in release.releases(home) and not _is_whole(home, number):
+            release.discard(home, number)
 
 
 def _change(home: Path, act: Callable[[Routing], Routing], by: str, reason: str, at: Servers | None) -> Routing:
@@ -121,12 +154,12 @@ def _change(home: Path, act: Callable[[Routing], Routing], by: str, reason: str,
     try:
         with routing.changing(path) as before, _client(servers) as client:
             after = act(before)
-            loaded = _load(home, client, servers, before, after.answering)
+            loaded = _load(home, client, servers, before, after)
             if after != before:
                 after = routing.stamp(after, by, reason)
                 routing.write(path, after)
             with _afterwards():
-                client.load(_base_paths(home), loaded, labels=_labels(after, loaded))
+                client.load(_base_paths(home), loaded, labels=labels(after, loaded))
                 release.unlink_all_but(home, loaded)
             with _afterwards():
                 store = ReleaseStore(servers.releases) if servers.releases else None
@@ -160,31 +193,40 @@ def _client(servers: Servers) -> ModelClient:
     return ModelClient(servers.model_server)
 
 
-def _load(
-    home: Path, client: ModelClient, servers: Servers, before: Routing, answering: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Loads `answering` beside what was live (gateways read the document a moment later) and tries each of them.
+def _load(home: Path, client: ModelClient, servers: Servers, before: Routing, after: Routing) -> list[int]:
+    """Loads who answers after beside what was live (gateways read the document a moment later), and tries each of them.
+
+    What the next rollback returns to is loaded too, if it is there and whole.
 
     Returns:
         Everything that is loaded now.
     """
     if servers.releases:
-        for number in answering:
+        for number in after.answering:
             ReleaseStore(servers.releases).fetch(home, number)
     there = set(release.releases(home))
     kept = {number for number in before.releases if number in there}
-    manifests = {number: release.verify(home, number) for number in answering}
-    loaded = tuple(sorted(kept | set(answering)))
+    spare = {number for number in after.previous[-1:] if number in there - kept and _is_whole(home, number)}
+    manifests = {number: release.verify(home, number) for number in after.answering}
+    loaded = sorted(kept | spare | manifests.keys())
     for number in loaded:
         release.link(home, number)
-    client.load(_base_paths(home), loaded, labels=_labels(before, kept))
+    client.load(_base_paths(home), loaded, labels=labels(before, kept))
     for number, manifest in manifests.items():
         probe.check(client, number, manifest["heads"], release.probe_answers(home, number))
         release.verify(home, number)  # so that what was loaded is what was verified
     return loaded
 
 
-def _labels(live: Routing, loaded: Collection[int]) -> dict[str, int]:
+def _is_whole(home: Path, number: int) -> bool:
+    try:
+        release.verify(home, number)
+    except ReleaseError:
+        return False
+    return True
+
+
+def labels(live: Routing, loaded: Collection[int]) -> dict[str, int]:
     """The labels of the model server: `stable` is the champion, `canary` the challenger."""
     named = {"stable": live.champion, "canary": live.challenger}
     return {label: number for label, number in named.items() if number is not None and number in loaded}
@@ -199,6 +241,7 @@ ACTS: dict[str, Callable[..., Routing]] = {
     "canary": canary,
     "withdraw": withdraw,
     "rollback": rollback,
+    "reload": reload,
 }
 
 
@@ -214,6 +257,7 @@ def main() -> None:
         ("canary", "a release answers a share of the users"),
         ("withdraw", "the canary ends"),
         ("rollback", "the former release answers everybody"),
+        ("reload", "load again what is live: a model server that was replaced, a label that was moved"),
     ):
         act = acts.add_parser(name, help=text)
         if name in ("load", "promote", "canary"):
@@ -222,7 +266,7 @@ def main() -> None:
             act.add_argument("--leaving", type=int, help="the release to leave; nothing is done if it is left already")
         if name == "canary":
             act.add_argument("--share", type=float, required=True)
-        if name != "load":
+        if name not in ("load", "reload"):
             act.add_argument("--by", required=True, help="who decides it")
             act.add_argument("--reason", required=True)
     arguments = parser.parse_args()
