@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -85,7 +86,10 @@ def _tail(raw: tf.Tensor, ids: tf.Tensor, length: int) -> tf.Tensor:
 class _Recall(tf.Module):
     def __init__(self, tower: keras.Model, encoder: _Encoder, index: tf.Module) -> None:
         super().__init__()
-        self._tower = tower
+        # a variable that Keras itself tracks is in the saved graph twice, and TF Serving restores the wrong one
+        self._state = [variable.value for variable in tower.variables]
+        self._query = partial(tower, training=False)
+        self._by_age = EXAMPLE_AGE in {tensor.name for tensor in tower.inputs}
         self._encoder = encoder
         self._index = index
         specs = encoder.specs() | {
@@ -96,10 +100,9 @@ class _Recall(tf.Module):
 
     def _recommend(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         inputs = self._encoder(raw)
-        for tensor in self._tower.inputs:
-            if tensor.name == EXAMPLE_AGE:
-                inputs[EXAMPLE_AGE] = tf.zeros_like(next(iter(inputs.values())), tf.float32)
-        ids, scores = self._index.search(self._tower(inputs, training=False), raw["k"], raw["exclude"])
+        if self._by_age:
+            inputs[EXAMPLE_AGE] = tf.zeros_like(next(iter(inputs.values())), tf.float32)
+        ids, scores = self._index.search(self._query(inputs), raw["k"], raw["exclude"])
         return {"ids": ids, "scores": scores}
 
 

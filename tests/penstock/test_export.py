@@ -127,3 +127,24 @@ def test_warm_up_requests_are_what_serving_asks(kind, rows, request):
         assert {len(tensor) for tensor in answer.values()} == {rows}
     longest = max(tensor.shape[1] for tensor in inputs.values() if tensor.shape.rank == 2)
     assert longest == export.LONGEST
+
+
+@pytest.mark.parametrize("kind", ["recall", "rank"])
+def test_a_session_answers_what_the_signature_does(kind, request):
+    """TF Serving runs a model in a session, which finds and restores the variables in another way."""
+    out = str(request.getfixturevalue(kind)[-1] / "saved_model")
+    signature = tf.saved_model.load(out).signatures["serving_default"]
+    random = np.random.default_rng(3)
+    inputs = {}
+    for name, spec in signature.structured_input_signature[1].items():
+        shape = [3] * spec.shape.rank
+        values = random.integers(0, 40, shape) * 10 if spec.dtype.is_integer else random.random(shape)
+        inputs[name] = np.asarray(5 if name == "k" else values, spec.dtype.as_numpy_dtype)
+    wanted = signature(**{name: tf.constant(array) for name, array in inputs.items()})
+    graph = tf.Graph()
+    with graph.as_default(), tf.compat.v1.Session(graph=graph) as session:
+        described = tf.compat.v1.saved_model.load(session, ["serve"], out).signature_def["serving_default"]
+        feeds = {described.inputs[name].name: array for name, array in inputs.items()}
+        found = session.run({name: info.name for name, info in described.outputs.items()}, feeds)
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, wanted[name].numpy(), err_msg=name)
