@@ -25,6 +25,16 @@ GUARD = "guardrail"
 """Who withdraws a canary that nobody had to be asked about."""
 # an answer within seconds of the question can meet the executor's late report of the question, and fail
 ASKED_AGAIN: dict[str, Any] = {"retries": 1, "retry_delay": timedelta(seconds=5)}
+# it stays in its worker: a reschedule after seconds can meet the executor's late report of the last poke and fail.
+# One that a restarted scheduler begins anew reads the log again, and knows what it knew.
+WATCHING: dict[str, Any] = {
+    "mode": "poke",
+    "poke_interval": 5,
+    "timeout": timedelta(days=8).total_seconds(),
+    "execution_timeout": timedelta(days=8),
+    "retries": 1,
+    "retry_delay": timedelta(seconds=5),
+}
 APPROVERS = [{"id": "admin", "name": "admin"}]
 
 
@@ -314,19 +324,18 @@ def release() -> None:
         }
         return {"split": asdict(split), "minimum": minimum, "policy": context["params"]["ab_policy"]}
 
-    # both stay in their worker: a reschedule can meet the executor's late report of the last poke and fail
     @task.sensor(
-        mode="poke",
-        poke_interval=5,
-        timeout=timedelta(days=8).total_seconds(),
-        execution_timeout=timedelta(days=8),
+        **WATCHING,
         doc_md="Waits for enough evidence to ask a person by. Withdraws the canary at once if a guardrail is breached, "
         "and fails if the evidence is broken.",
     )
     def evidence(started: dict[str, Any]) -> PokeReturnValue:
+        from penstock import routing
+
         watched, verdict = look(started)
         if verdict is None:
-            ended = "Somebody has ended the canary, by a rollback or by hand."
+            live = routing.read(home() / "routing.json")
+            ended = f"The canary was ended by {live.by}: {live.reason}"
             print(ended)
             return PokeReturnValue(True, {"action": "ended", "sentence": ended})
         if verdict.action == "wait":
@@ -342,10 +351,7 @@ def release() -> None:
         return PokeReturnValue(True, found)
 
     @task.sensor(
-        mode="poke",
-        poke_interval=5,
-        timeout=timedelta(days=8).total_seconds(),
-        execution_timeout=timedelta(days=8),
+        **WATCHING,
         doc_md="Goes on watching the canary while a person is asked, until it is promoted or withdrawn; withdraws it "
         "itself if a guardrail is breached meanwhile.",
     )

@@ -220,9 +220,9 @@ def test_a_canary_that_somebody_ended_asks_nobody(canary: Canary) -> None:
     from airflow.sdk.exceptions import AirflowSkipException
 
     canary.begin()
-    routing.write(canary.home / "routing.json", routing.withdraw(PAIR))
+    routing.write(canary.home / "routing.json", routing.stamp(routing.withdraw(PAIR), "ana", "it looks odd"))
     assert canary.run("evidence", canary.told["canary"]).is_done
-    with pytest.raises(AirflowSkipException, match="Somebody has ended the canary"):
+    with pytest.raises(AirflowSkipException, match="The canary was ended by ana: it looks odd"):
         canary.run("replay")
 
 
