@@ -2,7 +2,7 @@
 
 HOME/releases/N/manifest.json      what it is and where it comes from, and the sha256 of every file
 HOME/releases/N/{recall,rank}/     the two SavedModels
-HOME/releases/N/{items.parquet, weights.json, verdict.json, probe.json, report.html}
+HOME/releases/N/{items.parquet, popular.parquet, weights.json, verdict.json, probe.json, report.html}
 HOME/models/{recall,rank}/N        links to the SavedModels: base paths for TF Serving
 
 `probe.json` is what the two models answer to a request that says nothing: a server that answers otherwise has loaded
@@ -24,7 +24,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock import routing
+from penstock import popular, routing
 from penstock.durable import replace_link, sync_directory, sync_file
 from penstock.events import LABELS
 
@@ -287,6 +287,7 @@ def _parts(candidate: Candidate) -> dict[str, Path]:
         "recall": candidate.recall / "saved_model",
         "rank": candidate.rank / "saved_model",
         "items.parquet": candidate.recall / "items.parquet",
+        popular.FILE: candidate.recall / popular.FILE,
         "weights.json": candidate.weights / "weights.json",
         "verdict.json": candidate.verdict / "verdict.json",
         PROBE: candidate.rehearsal / PROBE,

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import polars as pl
 import pytest
 import tensorflow as tf
 import uvicorn
 from fastapi import FastAPI
 
 from feature_repo.store import refresh
-from penstock import release, routing
+from penstock import popular, release, routing
 from penstock.features import PRIOR_IMPRESSIONS
 from penstock.release import Candidate
 from penstock.routing import Routing
@@ -138,6 +139,8 @@ def make_candidate(folder: Path, number: int, *, broken: bool = False, parent: i
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+    often = {"segment": "", "rank": range(ITEMS), "item_id": range(number * CATALOGUE, number * CATALOGUE + ITEMS)}
+    pl.DataFrame(often, schema=popular.SCHEMA).write_parquet(folder / "recall" / popular.FILE)
     return Candidate(*(folder / part for part in ("recall", "rank", "weights", "verdict", "rehearsal", "report.html")))
 
 

@@ -39,10 +39,12 @@ SCENARIO = {"scenario": 3}
 
 @pytest.fixture
 def home(system: System, tmp_path: Path) -> Path:
-    """A home with release 1 that knows what is popular, and the features of the system."""
+    """A home with release 1 that knows what is popular by segment, and the features of the system."""
     shutil.copytree(release.directory(system.home, 1), release.directory(tmp_path, 1))
     rows = [(segment, rank, item) for segment, items in POPULAR.items() for rank, item in enumerate(items)]
-    pl.DataFrame(rows, schema=popular.SCHEMA, orient="row").write_parquet(release.directory(tmp_path, 1) / popular.FILE)
+    path = release.directory(tmp_path, 1) / popular.FILE
+    path.unlink()
+    pl.DataFrame(rows, schema=popular.SCHEMA, orient="row").write_parquet(path)
     for name in ("features", "feast"):
         (tmp_path / name).symlink_to(system.home / name)
     routing.write(tmp_path / "routing.json", Routing(champion=1))
@@ -223,6 +225,15 @@ def test_a_release_without_popular_items_says_why_nothing_can_be_answered(settin
         for response in (gateway.post("/recommend", json={"user_id": 1}), gateway.get("/ready")):
             assert response.status_code == 503
             assert "recall version 1 at 127.0.0.1:1: the model server does not answer" in response.json()["error"]
+            assert "start the model server at 127.0.0.1:1" in response.json()["remedy"]
+        assert gateway.get("/health").is_success
+    for name in ("features", "feast"):
+        (settings.home / name).unlink()
+    with serving(create_app(settings)) as gateway:
+        for response in (gateway.post("/recommend", json={"user_id": 1}), gateway.get("/ready")):
+            assert response.status_code == 503
+            assert response.json()["error"].startswith("the feature store does not answer")
+            assert "prepare" in response.json()["remedy"]
 
 
 def test_a_damaged_file_of_popular_items_is_none(settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
