@@ -34,9 +34,16 @@ class Feed:
         self._log = FeedbackLog(directory)
         self._requests = 0
 
-    def show(self, user: int, variant: str, release: int, items: tuple[int, ...] = (10, 11)) -> int:
+    def show(
+        self,
+        user: int,
+        variant: str,
+        release: int,
+        items: tuple[int, ...] = (10, 11),
+        degraded: tuple[str, ...] = (),
+    ) -> int:
         self._requests += 1
-        where = {"time_ms": 1_000, "scenario": 0, "device": 0, "features_us": 0}
+        where = {"time_ms": 1_000, "scenario": 0, "device": 0, "features_us": 0, "degraded": degraded}
         self._log.impressions(self._requests, user, items, **where, release=release, variant=variant)
         return self._requests
 
@@ -112,11 +119,8 @@ def test_what_users_did_is_counted_by_variant(feed: Feed) -> None:
 
 
 def test_degraded_answers_are_counted_and_left_in(feed: Feed) -> None:
-    request = feed.show(1, "champion", 1)
+    request = feed.show(1, "champion", 1, degraded=("rank",))
     feed.tell(request, item_id=10, click=1)
-    path = next(feed.directory.glob("*.jsonl"))
-    lines = path.read_text().replace('"items"', '"degraded":["rank"],"items"')
-    path.write_text(lines)
     champion = followed(feed).verdict(SOON, 0).document["variants"]["champion"]
     assert (champion["requests"], champion["click"], champion["degraded"]) == (1, 1, 1)
 
@@ -274,7 +278,7 @@ def test_a_canary_that_answers_in_part_is_withdrawn(feed: Feed, share: float) ->
     for user in range(600):
         variant = routing.variant(PAIR, user)
         broken = variant == "challenger" and generator.random() < share
-        feed.show(user, variant, PAIR.release(variant) or 0, () if broken else (1, 2))
+        feed.show(user, variant, PAIR.release(variant) or 0, degraded=("recall", "rank") if broken else ())
     verdict = followed(feed, config=replace(EAGER, guardrails={})).verdict(LATER, 0)
     assert verdict.action == "withdraw"
     assert "harms users: degraded answers" in verdict.sentence
