@@ -71,13 +71,19 @@ def recall_metrics(examples: Path, saved_model: Path) -> dict[str, dict]:
     """
     signature = _recommends(saved_model)
     kinds = Kinds.of(examples)
-    methods = {"popularity": baselines.popular, "item_item_cf": baselines.item_item}
-    found: dict[str, dict] = {name: {} for name in methods}
-    for part in ("validation", "test"):
-        queries = Queries.of(examples, part)
-        found[part] = ranking_metrics(retrieve(signature, queries.rows, max(DEPTHS)), queries, kinds)
-        for name, answer in methods.items():
-            found[name][part] = ranking_metrics(answer(examples, queries.rows, max(DEPTHS)), queries, kinds)
+    queries = {part: Queries.of(examples, part) for part in ("validation", "test")}
+    found: dict[str, dict] = {
+        part: ranking_metrics(retrieve(signature, asked.rows, max(DEPTHS)), asked, kinds)
+        for part, asked in queries.items()
+    }
+    asked_of = pl.concat([asked.rows.select("history_items") for asked in queries.values()])
+    for name, answer in {"popularity": baselines.popular, "item_item_cf": baselines.item_item}.items():
+        answers = answer(examples, asked_of, max(DEPTHS))  # fitted once for both slices
+        parts = np.split(answers, [queries["validation"].rows.height])
+        found[name] = {
+            part: ranking_metrics(ranked, asked, kinds)
+            for (part, asked), ranked in zip(queries.items(), parts, strict=True)
+        }
     return found
 
 
