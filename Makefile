@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -28,7 +28,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
+.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-model-server bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
 
 setup: $(READY)
 
@@ -86,6 +86,10 @@ reconcile: $(READY)
 release-trials: $(READY) servers
 	@$(BIN)/python -W ignore -m benchmarks.release_trials $(if $(QUICK),--quick)
 
+# Releases swapped twenty times under load, in some five minutes; QUICK=1 is a smaller form.
+bench-swaps: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.swaps $(if $(QUICK),--quick)
+
 test: $(READY) servers
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -138,6 +142,10 @@ bench-rank: $(READY) $(TREES)
 # Training steps of MMoE beside PyTorch and DeepCTR, in some ten minutes; QUICK=1 is a smaller form.
 bench-rank-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
 	@$(BIN)/python -W ignore -m benchmarks.rank_speed $(if $(QUICK),--quick)
+
+# The embedded model server beside the model called in process, in two minutes; QUICK=1 is a smaller form.
+bench-model-server: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.model_server $(if $(QUICK),--quick)
 
 $(TORCH): | $(UV)
 	@echo "Installing PyTorch into build/peers/torch (once, about 5 GB) ..."

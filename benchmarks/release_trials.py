@@ -253,7 +253,15 @@ class Place:
         ports = ["--grpc-port", str(self.ports["model"]), "--rest-port", str(self.ports["rest"])]
         where = [sys.executable, "-W", "ignore", "-m", "serving.model_server", "--home", str(self.home)]
         self._start("model server", [*where, *ports])
-        _until(lambda: _listens(self.ports["model"]), "the model server")
+        _until(self._serves, "the model server")
+
+    def _serves(self) -> bool:
+        try:
+            with ModelClient(self._direct.model_server) as client:
+                client.ready(MODELS[0], 1)
+        except ModelError:
+            return False
+        return True
 
     def kill_server(self) -> None:
         """kill -9."""

@@ -1,0 +1,145 @@
+"""Releases swapped under load: what users notice while what answers them is replaced twenty times.
+
+`make bench-swaps` prints the table and writes build/bench/swaps.json; QUICK=1 is a smaller form of it. The home is that
+of `make bench-serve`, with two more releases of the same models, so that each promotion loads one anew and unloads one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+
+from benchmarks import load, serving_home
+from benchmarks.load import Measured, open_loop
+from benchmarks.serve import FOLDER
+from benchmarks.table import Comparison, machine, show, show_columns, write
+from penstock import release, routing
+from penstock.routing import Routing
+from serving import rollout
+
+RELEASES = (1, 2, 3)
+SEGMENT_SECONDS = 5.0
+PAUSE_SECONDS = 2.0
+"""Between two swaps: a release is live for a while at least."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How often, in which home, and under how many requests a second."""
+
+    home: serving_home.Size
+    swaps: int
+    steady_seconds: float
+    rate: float
+
+
+FULL = Size(serving_home.FULL, 20, 60.0, 30.0)
+QUICK = Size(serving_home.QUICK, 3, 10.0, 20.0)
+
+
+@contextmanager
+def _releases(home: Path) -> Iterator[None]:
+    """Releases 2 and 3 beside the first, of the same files, and release 1 live; as it was when the block ends."""
+    copies = [number for number in RELEASES if number != 1]
+    document = home / "routing.json"
+    for number in copies:
+        place = release.directory(home, number)
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(release.directory(home, 1), place, copy_function=os.link)
+        manifest = release.manifest(home, 1) | {"release": number, "parent": 1}
+        (place / release.MANIFEST).unlink()
+        (place / release.MANIFEST).write_text(json.dumps(manifest))
+    try:
+        yield
+    finally:
+        routing.write(document, Routing(champion=1))
+        release.unlink_all_but(home, (1,))
+        for number in copies:
+            shutil.rmtree(release.directory(home, number))
+
+
+class Swaps:
+    """Promotions one after the other, in a thread; `seconds` is what each took, and the last is a rollback."""
+
+    def __init__(self, home: Path, at: rollout.Servers, count: int) -> None:
+        self.seconds: list[float] = []
+        self.error = ""
+        self._home, self._at, self._count = home, at, count
+        self._thread = threading.Thread(target=self._run)
+
+    def start(self) -> None:
+        """Begins."""
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether there is more to come."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            for number in islice(cycle((2, 3, 1)), self._count):
+                self._timed(partial(rollout.promote, self._home, number))
+                time.sleep(PAUSE_SECONDS)
+            self._timed(partial(rollout.rollback, self._home))
+        except rollout.RolloutError as error:
+            self.error = str(error)
+
+    def _timed(self, act: Callable[..., Routing]) -> None:
+        began = time.perf_counter()
+        act(by="ana", reason="a swap", at=self._at)
+        self.seconds.append(time.perf_counter() - began)
+        print(f"swap {len(self.seconds)} of {self._count + 1}: {self.seconds[-1]:.1f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a smaller home, three swaps")
+    size = QUICK if parser.parse_args().quick else FULL
+    print(machine())
+    home = serving_home.home(FOLDER, size.home)
+    with _releases(home), load.serve(home, FOLDER / "logs") as servers:
+        at = rollout.Servers(f"127.0.0.1:{servers.grpc_port}")
+        open_loop(servers.port, size.rate, SEGMENT_SECONDS, size.home.users)
+        steady = open_loop(servers.port, size.rate, size.steady_seconds, size.home.users, seed=1)
+        swaps, swapping = Swaps(home, at, size.swaps), Measured()
+        swaps.start()
+        segment = 2
+        while swaps.running:
+            swapping += open_loop(servers.port, size.rate, SEGMENT_SECONDS, size.home.users, seed=segment)
+            segment += 1
+    if swaps.error:
+        raise SystemExit(f"bench-swaps: {swaps.error}")
+    show_columns(
+        f"latency at {size.rate:g} requests a second, ms",
+        {
+            "": ["steady", "while releases are swapped"],
+            "requests": [len(steady.seconds), len(swapping.seconds)],
+            "failed": [steady.failures, swapping.failures],
+            "p50": [steady.ms(50), swapping.ms(50)],
+            "p99": [steady.ms(99), swapping.ms(99)],
+            "worst": [steady.ms(100), swapping.ms(100)],
+        },
+    )
+    rows = [
+        Comparison("failed requests", swapping.failures, len(swapping.seconds), "all", "requests", at_most=0.0),
+        Comparison("p99 while swapping", swapping.ms(99), steady.ms(99), "steady", "ms", at_most=2.0),
+        Comparison("a promotion, slowest", max(swaps.seconds[:-1]), 5.0, "5 s", "s"),
+        Comparison("a rollback", swaps.seconds[-1], 5.0, "5 s", "s", at_most=1.0),
+    ]
+    show("swaps", rows)
+    print(write("swaps", rows))
+
+
+if __name__ == "__main__":
+    main()
