@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from array import array
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -42,6 +44,8 @@ VARIANTS = ("champion", "challenger")
 COLUMNS = ("requests", "impressions", "click", "long_view", "watch_ms", "degraded")
 SETTLE_MS = 2000
 """After a change of the routing document: gateways notice within a second, and finish what they had begun."""
+OUTCOME_MS = 24 * 60 * 60 * 1000
+"""An outcome counts if it arrives so soon after its impression: slates are kept so long, two kilobytes each."""
 CLOCKS_MS = 500
 """How far the clocks of gateways may be from the one here."""
 
@@ -221,28 +225,22 @@ class Verdict:
 
 
 class _Variant:
-    """What each user of a variant adds up to."""
+    """What each user of a variant adds up to: a row a user, a list a column."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, int] = {}
-        self._table = np.zeros((64, len(COLUMNS)))
+        self.rows: dict[int, int] = {}
+        self.columns = {name: array("d") for name in COLUMNS}
 
     def row(self, user: int) -> int:
         """The user's, a new one if it was not there before."""
-        row = self._rows.setdefault(user, len(self._rows))
-        if row == len(self._table):
-            self._table = np.concatenate([self._table, np.zeros_like(self._table)])
+        row = self.rows.setdefault(user, len(self.rows))
+        if row == len(self.columns["requests"]):
+            for column in self.columns.values():
+                column.append(0.0)
         return row
 
-    def add(self, row: int, column: str, amount: float) -> None:
-        self._table[row, COLUMNS.index(column)] += amount
-
-    @property
-    def users(self) -> int:
-        return len(self._rows)
-
     def column(self, name: str) -> Array:
-        return self._table[: self.users, COLUMNS.index(name)]
+        return np.array(self.columns[name])
 
     def total(self, name: str) -> int:
         return int(self.column(name).sum())
@@ -254,6 +252,16 @@ class _Variant:
         """With two made-up users, one of whom got a degraded answer: else a variance of 0 would tell nothing."""
         top, below = (np.append(self.column(name), end) for name, end in (("degraded", (1, 0)), ("requests", (1, 1))))
         return Sums.of(top, below)
+
+
+@dataclass(slots=True)
+class _Shown:
+    """A slate that was shown: whose it is, and click, long view and watch time of each item so far."""
+
+    arrived_ms: int
+    columns: Mapping[str, array[float]]
+    row: int
+    told: dict[int, tuple[int, int, int]]
 
 
 class Experiment:
@@ -279,7 +287,8 @@ class Experiment:
         self._variants = (_Variant(), _Variant())
         self._arms = {("champion", split.champion): 0, ("challenger", split.challenger): 1}
         self._arm_of: dict[int, int] = {}
-        self._shown: dict[int, tuple[int, int, dict[int, tuple[int, int, int]]]] = {}
+        self._shown: OrderedDict[int, _Shown] = OrderedDict()
+        self._requests = 0
         self._split_test = SplitTest(split.share) if split.share < 1 else None
         self._scales: dict[str, float] = {}
         self._next_look = 0
@@ -304,7 +313,8 @@ class Experiment:
 
     def _impressions(self, record: Mapping[str, Any]) -> None:
         request, user, items = record["request_id"], record["user_id"], record["items"]
-        if record["arrived_ms"] < self.split.since_ms or request in self._shown:
+        arrived = record["arrived_ms"]
+        if arrived < self.split.since_ms or request in self._shown:
             return
         arm = self._arms.get((record["variant"], record["release"]))
         if arm is None:
@@ -317,32 +327,37 @@ class Experiment:
         elif self._arm_of[user] != arm:
             self.mixed.add(user)
         variant = self._variants[arm]
-        row = variant.row(user)
-        variant.add(row, "requests", 1)
-        variant.add(row, "impressions", len(items))
-        variant.add(row, "degraded", bool(record.get("degraded")) or not items)
-        self._shown[request] = (arm, row, dict.fromkeys(items, (0, 0, 0)))
-        if len(self._shown) >= self._next_look and min(one.users for one in self._variants) >= self.config.first_users:
-            self._next_look = math.ceil(len(self._shown) * self.config.spacing)
-            self._look(record["arrived_ms"])
+        row, columns = variant.row(user), variant.columns
+        columns["requests"][row] += 1
+        columns["impressions"][row] += len(items)
+        columns["degraded"][row] += bool(record.get("degraded")) or not items
+        self._shown[request] = _Shown(arrived, columns, row, dict.fromkeys(items, (0, 0, 0)))
+        while next(iter(self._shown.values())).arrived_ms < arrived - OUTCOME_MS:
+            self._shown.popitem(last=False)
+        self._requests += 1
+        users = min(len(one.rows) for one in self._variants)
+        if self._requests >= self._next_look and users >= self.config.first_users:
+            self._next_look = math.ceil(self._requests * self.config.spacing)
+            self._look(arrived)
 
     def _outcomes(self, record: Mapping[str, Any]) -> None:
         """What is told twice counts once: of labels and watch time the largest, as in `penstock.feedback`."""
-        if (shown := self._shown.get(record["request_id"])) is None:
+        shown = self._shown.get(record["request_id"])
+        if shown is None or record["arrived_ms"] > shown.arrived_ms + OUTCOME_MS:
             return
-        arm, row, told = shown
+        told, columns, row = shown.told, shown.columns, shown.row
         for event in record["events"]:
             before = told.get(event["item_id"])
             if before is None:
                 continue
-            known = zip(("click", "long_view", "watch_time_ms"), before, strict=True)
-            click, long_view, watch = (max(old, event.get(name) or 0) for name, old in known)
-            told[event["item_id"]] = (click, long_view, watch)
-            for column, now, old in zip(
-                ("click", "long_view", "watch_ms"), (click, long_view, watch), before, strict=True
-            ):
-                if now != old:
-                    self._variants[arm].add(row, column, now - old)
+            clicked, viewed, watched = before
+            click = max(clicked, event.get("click") or 0)
+            long_view = max(viewed, event.get("long_view") or 0)
+            watch_ms = max(watched, event.get("watch_time_ms") or 0)
+            told[event["item_id"]] = (click, long_view, watch_ms)
+            columns["click"][row] += click - clicked
+            columns["long_view"][row] += long_view - viewed
+            columns["watch_ms"][row] += watch_ms - watched
 
     def _look(self, at_ms: int) -> None:
         champion, challenger = self._variants
@@ -369,7 +384,7 @@ class Experiment:
         guard = self._harm(Difference(worse.value + margin, worse.variance), max(margin, 0.01))
         self.looks.append(
             Look(
-                requests=len(self._shown),
+                requests=self._requests,
                 impressions=sum(one.total("impressions") for one in self._variants),
                 at_ms=at_ms,
                 points=points,
@@ -450,7 +465,7 @@ class Experiment:
             if not check.passed and check.otherwise == "withdraw":
                 what = check.name.removesuffix(", guarded")
                 return "withdraw", f"Release {pair.challenger} harms users: {what}, {check.reason}"
-        shown, users = self._variants[1].total("impressions"), self._variants[1].users
+        shown, users = self._variants[1].total("impressions"), len(self._variants[1].rows)
         enough = shown >= minimum.impressions and users >= minimum.users
         waited = now_ms >= pair.since_ms + minimum.wait_minutes * 60_000
         if not (enough or waited):
@@ -483,7 +498,7 @@ class Experiment:
             "sentence": sentence,
             "split": dataclasses.asdict(self.split),
             "variants": {
-                name: {"release": number, "users": one.users} | {column: one.total(column) for column in COLUMNS}
+                name: {"release": number, "users": len(one.rows)} | {column: one.total(column) for column in COLUMNS}
                 for name, number, one in zip(
                     VARIANTS, (self.split.champion, self.split.challenger), self._variants, strict=True
                 )

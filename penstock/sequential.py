@@ -55,7 +55,12 @@ class Sums:
     def of(s: npt.ArrayLike, n: npt.ArrayLike) -> Sums:
         """Of each user's sums, `[users]`."""
         top, below = np.asarray(s, dtype=np.float64), np.asarray(n, dtype=np.float64)
-        parts = (np.float64(top.size), top.sum(), below.sum(), top @ top, top @ below, below @ below)
+        parts = (
+            np.float64(top.size),
+            top.sum(),
+            below.sum(),
+            *(part.sum() for part in (top**2, top * below, below**2)),
+        )
         return Sums(*(np.asarray(part) for part in parts))
 
     @property

@@ -13,7 +13,18 @@ import pytest
 
 import penstock
 from penstock import experiment, routing
-from penstock.experiment import CLOCKS_MS, MEASURES, NAMES, SETTLE_MS, Config, Experiment, Minimum, Split, Watch
+from penstock.experiment import (
+    CLOCKS_MS,
+    MEASURES,
+    NAMES,
+    OUTCOME_MS,
+    SETTLE_MS,
+    Config,
+    Experiment,
+    Minimum,
+    Split,
+    Watch,
+)
 from penstock.experiment_page import counts_table, markdown, measures_table, write_experiment
 from penstock.feedback import FeedbackLog
 from penstock.routing import Routing
@@ -116,6 +127,26 @@ def test_what_users_did_is_counted_by_variant(feed: Feed) -> None:
     }
     assert document["other_requests"] == 1
     assert (document["measures"], document["looks"]) == ({}, 0)
+
+
+def test_an_outcome_counts_for_a_day(tmp_path: Path) -> None:
+    """And the slates of before are forgotten."""
+    slate = {"kind": "impressions", "user_id": 7, "release": 1, "variant": "champion", "items": [10, 11]}
+    outcome = {"kind": "outcomes", "events": [{"item_id": 10, "click": 1}]}
+    records = [
+        slate | {"request_id": 1, "arrived_ms": 1000},
+        outcome | {"request_id": 1, "arrived_ms": 1000 + OUTCOME_MS + 1},
+        slate | {"request_id": 2, "arrived_ms": 1000 + OUTCOME_MS},
+        outcome | {"request_id": 1, "arrived_ms": 1000 + OUTCOME_MS},
+        slate | {"request_id": 3, "arrived_ms": 1001 + OUTCOME_MS},
+        outcome | {"request_id": 1, "arrived_ms": 1000 + OUTCOME_MS},  # a clock that goes back
+        outcome | {"request_id": 2, "arrived_ms": 1002 + OUTCOME_MS},
+    ]
+    for count, clicks in ((2, 0), (4, 1), (5, 1), (6, 1), (7, 2)):
+        (tmp_path / "2026-01-01.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records[:count]))
+        found = Experiment(tmp_path, SPLIT, Config())
+        found.read()
+        assert found.verdict(SOON, 0).document["variants"]["champion"]["click"] == clicks
 
 
 def test_degraded_answers_are_counted_and_left_in(feed: Feed) -> None:
