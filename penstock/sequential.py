@@ -31,7 +31,7 @@ there are some users in either variant.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, log
+from math import exp, inf, log
 
 import numpy as np
 import numpy.typing as npt
@@ -186,4 +186,4 @@ class SplitTest:
 
     @property
     def p_value(self) -> float:
-        return float(np.exp(-self._largest))
+        return exp(-self._largest)
