@@ -40,6 +40,19 @@ def test_a_larger_share_only_adds_users_to_the_challenger(user: int, one: float,
     assert before == after or (before, after) == ("champion", "challenger")
 
 
+@given(st.integers(0, 2**63 - 1), st.floats(0.01, 1), st.text(max_size=9))
+def test_nobody_changes_sides_while_a_pair_lasts(user: int, share: float, text: str) -> None:
+    """Whatever else happens to the document: stamped anew, the canary told again, former champions forgotten."""
+    pair = routing.canary(LIVE, 4, share)
+    others = (
+        routing.stamp(pair, text, text),
+        routing.canary(pair, 4, share),
+        routing.without(pair, (1, 2)),
+        routing.canary(routing.withdraw(pair), 4, share),  # and if it comes back
+    )
+    assert {routing.variant(one, user) for one in others} == {routing.variant(pair, user)}
+
+
 def test_the_share_of_users_is_the_share() -> None:
     answered = [routing.variant(PAIR, user) for user in range(10_000)]
     assert abs(answered.count("challenger") / 10_000 - 0.2) < 0.015
