@@ -275,11 +275,11 @@ def test_tf_serving_starts_with_what_was_loaded_and_without_anything(tmp_path: P
     empty = made()
     assert empty.WhichOneof("config") == "model_config_list"
     assert not empty.model_config_list.config
-    (tmp_path / "home" / "models" / "rank" / "7").mkdir(parents=True)
-    (tmp_path / "home" / "models" / "recall").mkdir()
+    for name in ("rank/7", "rank/12", "rank/.tmp-13", "recall"):
+        (tmp_path / "home" / "models" / name).mkdir(parents=True)
     (found,) = made().model_config_list.config
     assert (found.name, found.base_path) == ("rank", str(tmp_path / "home" / "models" / "rank"))
-    assert found.model_version_policy.HasField("all")
+    assert sorted(found.model_version_policy.specific.versions) == [7, 12]
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl renders kustomizations, and is not here")

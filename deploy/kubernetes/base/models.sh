@@ -5,8 +5,12 @@ set -eu
   echo 'model_config_list {'
   for model in recall rank; do
     base="$PENSTOCK_HOME/models/$model"
-    if ls "$base" 2>/dev/null | grep -q '^[0-9]'; then
-      echo "  config { name: '$model' base_path: '$base' model_platform: 'tensorflow' model_version_policy { all {} } }"
+    versions=$(ls "$base" 2>/dev/null | sed -n 's/^\([0-9][0-9]*\)$/versions: \1/p' | tr '\n' ' ')
+    if [ -n "$versions" ]; then
+      echo "  config {"
+      echo "    name: '$model' base_path: '$base' model_platform: 'tensorflow'"
+      echo "    model_version_policy { specific { $versions} }"
+      echo "  }"
     fi
   done
   echo '}'
