@@ -109,14 +109,13 @@ class _Recall(tf.Module):
 class _Rank(tf.Module):
     def __init__(self, model: Ranking, encoder: _Encoder) -> None:
         super().__init__()
-        self._model = model
-        # the states of random numbers, which passes with dropout draw, are tracked by Keras alone
         self._state = [variable.value for variable in model.variables]
+        self._scores = model.scores
         self._encoder = encoder
         self.predict = tf.function(self._predict, input_signature=[encoder.specs()])
 
     def _predict(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return self._model.scores(self._encoder(raw))
+        return self._scores(self._encoder(raw))
 
 
 def read_by(model: Retrieval | Ranking, schema: Schema) -> tuple[Feature, ...]:
