@@ -130,7 +130,10 @@ def keep(watched: Watch, verdict: Verdict) -> dict[str, Any]:
 
     run_id = get_current_context()["ti"].xcom_pull(task_ids="candidate")["run_id"]
     page, figures = write_experiment(watched.experiment, verdict, folder("evidence"))
-    tracking.add_to_run(tracking_uri(), run_id, metrics(verdict.document), [page, figures])
+    try:
+        tracking.add_to_run(tracking_uri(), run_id, metrics(verdict.document), [page, figures])
+    except tracking.TrackingError as error:  # no reason to lose a canary: it goes on, or ends, as the evidence says
+        print(f"{error}; {page} is not recorded")
     link = tracking.run_url(tracking_uri(), run_id)
     where = f"[evidence.html]({link}/artifacts/evidence.html)" if link else f"`{page}`"
     tables = [table(verdict.document) for table in (measures_table, counts_table)]

@@ -160,6 +160,15 @@ def test_evidence_waits_for_its_minimum_and_then_asks(canary: Canary, mlflow: tu
     assert metrics["ab/click/difference"] == told["measures"]["click"]["difference"]
 
 
+def test_evidence_goes_on_without_mlflow(canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    canary.begin()
+    canary.visits()
+    assert canary.run("evidence", canary.told["canary"]).is_done
+    assert canary.told["evidence"]["body"].endswith("evidence.html`")
+
+
 def test_a_breached_guardrail_withdraws_without_asking(canary: Canary, mlflow: tuple[str, str]) -> None:
     from airflow.sdk.exceptions import AirflowSkipException
 
