@@ -13,12 +13,14 @@ import psutil
 import pytest
 from rich.console import Console
 
-from local import supervisor
+from components import tracking
+from local import reconcile, supervisor
 from local.airflow import ENDED, Airflow
 from local.demo import Demo, source_of
 from local.place import Place
-from penstock import routing
+from penstock import release, routing
 from penstock.feedback import read_feedback
+from serving.model_client import ModelClient
 from tests.local.ports import free_ports
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]  # the whole loop is one fixture
@@ -133,6 +135,23 @@ def test_mlflow_knows_run_and_champion(place: Place, told: str) -> None:
     query = {"name": "penstock", "alias": "champion"}
     version = httpx.get(f"{api}/registered-models/alias", params=query, timeout=30).json()["model_version"]
     assert {tag["key"]: tag["value"] for tag in version["tags"]}["release"] == "1"
+
+
+def test_what_is_changed_behind_the_document_is_found_and_mended(
+    place: Place, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reconcile.run(place, {}, mend=False) == 0
+    assert "all is as the routing document says" in capsys.readouterr().out
+    tracking.set_aliases(place.url("mlflow"), champion=None, challenger=None)
+    base_paths = {model: release.base_path(place.home, model) for model in release.MODELS}
+    with ModelClient(f"127.0.0.1:{place.ports['model server (gRPC)']}") as client:
+        client.load(base_paths, (1,), labels={})
+    assert reconcile.run(place, {}, mend=False) == 1
+    found = capsys.readouterr().out
+    assert "MLflow, alias champion: none; should be: release 1" in found
+    assert "model server, label stable of rank: none; should be: 1" in found
+    assert reconcile.run(place, {}, mend=True) == 0
+    assert "mended: all is as the routing document says" in capsys.readouterr().out
 
 
 def test_the_data_docs_are_linked_from_airflow_and_kept_in_mlflow(airflow: Airflow, place: Place, told: str) -> None:
