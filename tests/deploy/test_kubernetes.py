@@ -275,7 +275,7 @@ def test_tf_serving_starts_with_what_was_loaded_and_without_anything(tmp_path: P
     empty = made()
     assert empty.WhichOneof("config") == "model_config_list"
     assert not empty.model_config_list.config
-    for name in ("rank/7", "rank/12", "rank/.tmp-13", "recall"):
+    for name in ("rank/7", "rank/12", "rank/13.part", "rank/.13", "recall"):
         (tmp_path / "home" / "models" / name).mkdir(parents=True)
     (found,) = made().model_config_list.config
     assert (found.name, found.base_path) == ("rank", str(tmp_path / "home" / "models" / "rank"))

@@ -147,6 +147,7 @@ def test_an_outcome_counts_for_a_day(tmp_path: Path) -> None:
         found = Experiment(tmp_path, SPLIT, Config())
         found.read()
         assert found.verdict(SOON, 0).document["variants"]["champion"]["click"] == clicks
+    assert list(found._shown) == [2, 3]
 
 
 def test_degraded_answers_are_counted_and_left_in(feed: Feed) -> None:
