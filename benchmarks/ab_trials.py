@@ -34,7 +34,7 @@ class Audience:
     """Who comes.
 
     Attributes:
-        spread: of ln of how often a user comes; at 1 the busiest tenth makes half of the requests.
+        spread: of ln of how often a user comes; at 1 the busiest tenth makes two fifths of the requests.
         share: of the users, who get the challenger.
     """
 
