@@ -277,7 +277,7 @@ class Demo:
         if task == "approve_promotion":
             shown = airflow.xcom("release", run_id, "evidence")
             for names, rows in shown["tables"]:
-                self._table("online, so far", names, rows)
+                self._table(f"online so far, by {names[0]}", names, rows)
             self._say(f"  {shown['sentence']}")
             option, why = decide(shown["measures"])
         form = {
