@@ -27,7 +27,6 @@ from serving.monitoring import Metrics
 
 State = Literal["LOADING", "AVAILABLE", "UNLOADING", "END"]
 
-METHODS = tuple(f"tensorflow/serving/{name}" for name in ("predict", "classify", "regress"))
 WARM_UP = Path("assets.extra") / "tf_serving_warmup_requests"
 WARM_UP_RECORDS = 1000
 MAX_INPUT_BYTES = 1 << 28
@@ -155,17 +154,11 @@ class Servable:
             RequestError: the inputs or the filter do not fit the signature, or the graph cannot run them.
         """
         signature = self.signature(signature_name)
-        if signature.method_name not in METHODS:
-            raise RequestError(
-                grpc.StatusCode.INTERNAL,
-                f"Expected prediction signature method_name to be one of {{{', '.join(METHODS)}}}. "
-                f"Was: {signature.method_name}",
-            )
         key = signature_name or SERVING_DEFAULT
         arrays = _arrays(signature, self._inputs[key], inputs)
-        run, outputs = self._callable(key, tuple(output_filter))
-        started = time.perf_counter()
         try:
+            run, outputs = self._callable(key, tuple(output_filter))
+            started = time.perf_counter()
             found = run(*arrays)
         except tf.errors.OpError as error:
             raise _op_error(error) from error

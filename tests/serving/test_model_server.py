@@ -111,6 +111,26 @@ def test_answers_carry_their_bytes_in_tensor_content(subject: Subject) -> None:
     assert not tensor.float_val
 
 
+@pytest.mark.parametrize(
+    ("inputs", "signature", "message"),
+    [
+        ({"k": np.array([1, 2], np.int32)}, "scalar", "input k: expects shape [] but [2] is provided"),
+        ({"x": np.zeros((1, 3), np.float32)}, "one", "input x: expects shape [-1, 2] but [1, 3] is provided"),
+        (TWO | {"n": np.zeros((1, 1), np.int64)}, "", "input n: expects shape [-1] but [1, 1] is provided"),
+        (
+            TWO | {"x": TWO["x"].astype(np.float64)},
+            "",
+            "Expects arg[1] to be float but double is provided (input x)",
+        ),
+    ],
+)
+def test_the_input_that_does_not_fit_is_named(
+    subject: Subject, inputs: dict[str, np.ndarray], signature: str, message: str
+) -> None:
+    found = refused(lambda: subject.predict(inputs, signature=signature))
+    assert found == (grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
 def test_services_that_are_not_there_are_unimplemented(subject: Subject) -> None:
     request = classification_pb2.ClassificationRequest()
     assert refused(lambda: subject.prediction.Classify(request))[0] is grpc.StatusCode.UNIMPLEMENTED
@@ -120,8 +140,9 @@ def test_services_that_are_not_there_are_unimplemented(subject: Subject) -> None
 
 def test_a_signature_that_only_initialises_cannot_be_asked(subject: Subject) -> None:
     code, message = refused(lambda: subject.predict({}, signature="__saved_model_init_op"))
-    assert code is grpc.StatusCode.INTERNAL
-    assert message.startswith("Expected prediction signature method_name to be one of {tensorflow/serving/predict, ")
+    assert code is grpc.StatusCode.OUT_OF_RANGE
+    assert "NoOp" in message
+    subject.predict(TWO)
 
 
 def copied(base_path: Path, folder: Path, version: int) -> Path:
@@ -441,6 +462,18 @@ def test_the_command_answers_what_runs_when_it_is_told_to_end(base_path: Path, t
             assert [text for text in said if not text.startswith("I0000")] == []
         finally:
             process.kill()
+
+
+def test_it_ends_after_the_last_byte_of_the_last_answer(tmp_path: Path) -> None:
+    server = ModelServer(tmp_path, 0, 0)
+    server.start()
+    stopping = threading.Thread(target=server.stop)
+    with server._rest.answering():
+        stopping.start()
+        stopping.join(0.5)
+        assert stopping.is_alive()
+    stopping.join(10)
+    assert not stopping.is_alive()
 
 
 def test_nothing_is_left_running(base_path: Path, tmp_path: Path) -> None:
