@@ -28,7 +28,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-model-server bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
+.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-model-server bench-serve soak bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
 
 setup: $(READY)
 
@@ -163,6 +163,14 @@ $(DEEPMATCH): | $(UV)
 # The item index beside exact search and faiss at a million items, in some fifteen minutes; QUICK=1 is a smaller form.
 bench-index: $(READY) $(PEERS)
 	@$(BIN)/python -W ignore -m benchmarks.index $(if $(QUICK),--quick)
+
+# /recommend under load with a million items beside the raw calls of its models, in some ten minutes; QUICK=1 is a smaller form.
+bench-serve: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.serve $(if $(QUICK),--quick)
+
+# Half an hour at 70 % of the throughput, with the memory of gateway and model server; QUICK=1 is a smaller form.
+soak: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.soak $(if $(QUICK),--quick)
 
 # docs/features.md, from what Feast is told; the tests hold it current.
 features-doc: $(READY)

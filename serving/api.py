@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from penstock.events import DAY_MS
 
@@ -14,7 +14,15 @@ MAX_EVENTS = 1000
 MAX_K = 100
 
 Stage = Literal["features", "recall", "rank", "diversity"]
-Label = Annotated[int, Field(ge=0, le=1)]
+
+
+def _whole(value: Any) -> Any:
+    """7.0 is a whole number in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+Label = Annotated[Integer, Field(ge=0, le=1)]
 
 
 class Body(BaseModel):
@@ -26,9 +34,9 @@ class Body(BaseModel):
 class RequestContext(Body):
     """Where and when."""
 
-    scenario: int = Field(default=0, ge=0, le=1000, description="surface of the product (tab, page)")
-    device: int = Field(default=0, ge=0, le=1000, description="device class; 0 = unknown")
-    time_ms: int | None = Field(
+    scenario: Integer = Field(default=0, ge=0, le=1000, description="surface of the product (tab, page)")
+    device: Integer = Field(default=0, ge=0, le=1000, description="device class; 0 = unknown")
+    time_ms: Integer | None = Field(
         default=None, ge=0, le=MAX_TIME_MS, description="ms since 1970 (UTC), to replay another time than now"
     )
 
@@ -45,8 +53,8 @@ class RecommendRequest(Body):
         }
     )
 
-    user_id: int = Field(ge=0, le=MAX_ID, description="the user; one that nothing is known of is answered too")
-    k: int = Field(default=10, ge=1, le=MAX_K, description="how many items")
+    user_id: Integer = Field(ge=0, le=MAX_ID, description="the user; one that nothing is known of is answered too")
+    k: Integer = Field(default=10, ge=1, le=MAX_K, description="how many items")
     context: RequestContext = Field(default=RequestContext(), description="where and when")
     preview: bool = Field(default=False, description="asks without being logged: what nobody sees is no impression")
     explain: bool = Field(default=False, description="adds how the slate came about")
@@ -130,12 +138,12 @@ class Outcome(Body):
     A long view needs its watch time, here or in a later part: the log's validation puts one without aside.
     """
 
-    item_id: int = Field(ge=0, le=MAX_ID)
+    item_id: Integer = Field(ge=0, le=MAX_ID)
     click: Label = 0
     long_view: Label = 0
     like: Label = 0
     profile_enter: Label = 0
-    watch_time_ms: int = Field(default=0, ge=0, le=DAY_MS, description="time watched, in ms")
+    watch_time_ms: Integer = Field(default=0, ge=0, le=DAY_MS, description="time watched, in ms")
 
 
 class FeedbackRequest(Body):
@@ -152,7 +160,7 @@ class FeedbackRequest(Body):
         }
     )
 
-    request_id: int = Field(ge=0, lt=2**53, description="of the answer that the items were in")
+    request_id: Integer = Field(ge=0, lt=2**53, description="of the answer that the items were in")
     events: list[Outcome] = Field(max_length=MAX_EVENTS)
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest, values
 
 SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 SAY_SECONDS = 60.0
@@ -18,6 +18,8 @@ class Metrics:
     """Counters of one gateway; their names and labels are the table of docs/gateway.md."""
 
     def __init__(self) -> None:
+        # Feast, if it is imported first, has all counters of all processes lie in files, and mapped
+        values.ValueClass = values.MutexValue
         self._registry = CollectorRegistry()
         self.requests = Histogram(
             "penstock_request_seconds",

@@ -345,6 +345,9 @@ class Recommender:
             return None
         try:
             seconds = deadline.left("features")
+            if not seconds:
+                why = "the time of the request was over before the feature store could be asked"
+                raise StageError("features", "late", why, _SLOW)
             if not self._reading.allows():
                 raise StageError("features", "not_asked", "the feature store has not answered several requests", _FILL)
             try:
@@ -435,7 +438,7 @@ class Recommender:
         seconds = deadline.left(model)
         if not seconds:
             why = f"the time of the request was over before {model} of release {number} could be asked"
-            raise StageError(model, "deadline", why, _SLOW)
+            raise StageError(model, "late", why, _SLOW)
         if not breaker.allows():
             why = f"{model} of release {number} at {self._models.address} has not answered several requests"
             raise StageError(model, "not_asked", why, self._start_again())
@@ -445,7 +448,7 @@ class Recommender:
             if missing:
                 why = f"{model} of release {number} wants {', '.join(missing)}, which no feature service gives"
                 raise StageError(model, "unfit", why, "roll back to the former release")
-            inputs = {name: _input(columns[name], spec, rows) for name, spec in signature.inputs.items()}
+            inputs = {name: as_input(columns[name], spec, rows) for name, spec in signature.inputs.items()}
             found = self._models.predict(model, number, inputs, seconds)
         except ModelError as error:
             failed = self._failed(model, number, error)
@@ -523,7 +526,7 @@ def _says_anything(column: Column) -> bool:
     return bool(column.lengths.any() if isinstance(column, Ragged) else column.any())
 
 
-def _input(column: Column, spec: Input, rows: int) -> np.ndarray:
+def as_input(column: Column, spec: Input, rows: int) -> np.ndarray:
     """A column of one row or `rows`, in the dtype and rank of an input: lists are padded with -1."""
     if isinstance(column, Ragged):
         array = np.full((len(column), max(1, *column.lengths)), PADDING, spec.dtype)

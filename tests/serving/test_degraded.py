@@ -215,7 +215,7 @@ def test_a_request_that_waited_too_long_asks_nobody(settings: Settings) -> None:
         slate = recommender.recommend(KNOWN_USER, 2, Request(10**12, 9, 0), began=-1e6)
     finally:
         recommender.close()
-    assert slate.degraded == {"features": "deadline", "recall": "deadline", "rank": "deadline"}
+    assert slate.degraded == {"features": "late", "recall": "late", "rank": "late"}
     assert slate.items == [1005, 1000]
 
 

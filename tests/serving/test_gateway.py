@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 
 from feature_repo.online import Online, Request
-from penstock import release, routing
+from penstock import popular, release, routing
 from penstock.features import Ragged
 from penstock.feedback import FeedbackError, read_feedback
 from penstock.routing import Routing
@@ -376,19 +376,13 @@ def test_without_a_release_it_says_so(system: System, gateway: httpx.Client) -> 
     assert failure == {"error": "no release is live", "remedy": "train a candidate and approve its release"}
 
 
-def test_without_a_model_server_it_says_so(system: System) -> None:
-    settings = replace(system.settings, model_server="127.0.0.1:1")
-    with serving(create_app(settings)) as gateway:
-        failure = failed(gateway)
-    assert "recall version 1 at 127.0.0.1:1: the model server does not answer" in failure["error"]
-    assert "start the model server at 127.0.0.1:1" in failure["remedy"]
-
-
 def test_a_release_that_is_not_loaded_is_named(system: System, gateway: httpx.Client) -> None:
     routing.write(system.home / "routing.json", Routing(champion=2))
-    failure = failed(gateway)
-    assert "Servable not found for request: Specific(recall, 2)" in failure["error"]
-    assert failure["remedy"].endswith("load 2")
+    answer = ask(gateway, k=3, explain=True, preview=True)
+    assert answer["explanation"]["degraded"] == {"recall": "not_loaded", "rank": "not_loaded"}
+    assert "Servable not found for request: Specific(recall, 2)" in answer["explanation"]["why"]
+    assert {item["item_id"] // CATALOGUE for item in answer["items"]} == {2}
+    assert gateway.get("/ready").json()["degraded"] == {"recall": "not_loaded", "rank": "not_loaded"}
 
 
 def test_a_release_that_is_not_there_is_named(system: System, gateway: httpx.Client) -> None:
@@ -400,6 +394,7 @@ def test_a_release_of_features_that_there_are_no_more_says_what_to_do(system: Sy
     shutil.copytree(release.directory(system.home, 1), release.directory(tmp_path, 1))
     path = release.directory(tmp_path, 1) / release.MANIFEST
     path.write_text(path.read_text().replace("recall_v3", "recall_v1"))
+    (release.directory(tmp_path, 1) / popular.FILE).unlink()
     routing.write(tmp_path / "routing.json", Routing(champion=1))
     with serving(create_app(replace(system.settings, home=tmp_path))) as gateway:
         assert failed(gateway) == {
@@ -416,16 +411,6 @@ def test_scores_that_are_not_finite_are_not_answered(system: System, gateway: ht
     assert answer["explanation"]["degraded"] == {"rank": "not_finite"}
     assert answer["explanation"]["why"] == "rank of release 3 gives scores that are not finite"
     assert [item["item_id"] for item in answer["items"]] == [3000, 3001, 3002]
-
-
-def test_without_a_feature_store_it_says_so(system: System, tmp_path) -> None:
-    routing.write(tmp_path / "routing.json", Routing(champion=1))
-    release.directory(tmp_path, 1).parent.mkdir()
-    release.directory(tmp_path, 1).symlink_to(release.directory(system.home, 1))
-    with serving(create_app(replace(system.settings, home=tmp_path))) as gateway:
-        failure = failed(gateway)
-    assert failure["error"].startswith("the feature store does not answer")
-    assert "prepare" in failure["remedy"]
 
 
 def test_a_damaged_document_leaves_the_last_good_one(system: System, gateway: httpx.Client) -> None:

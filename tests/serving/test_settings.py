@@ -34,8 +34,52 @@ def test_the_environment_decides() -> None:
         ("PENSTOCK_SERVED_SHARE", "ten"),
         ("PENSTOCK_SERVED_SHARE", "1.1"),
         ("PENSTOCK_SERVED_SHARE", "nan"),
+        ("PENSTOCK_CANDIDATES", "0"),
+        ("PENSTOCK_CANDIDATES", "1.5"),
+        ("PENSTOCK_DEADLINE_MS", "0"),
+        ("PENSTOCK_DEADLINE_MS", "inf"),
+        ("PENSTOCK_CONCURRENCY", "0"),
+        ("PENSTOCK_QUEUE", "-1"),
+        ("PENSTOCK_BODY_BYTES", "many"),
+        ("PENSTOCK_MMR_LAMBDA", "1.01"),
+        ("PENSTOCK_AUTHOR_CAP", "-1"),
+        ("PENSTOCK_GATEWAY_TOKEN", "short"),
+        ("PENSTOCK_GATEWAY_TOKEN", "a token with spaces in it"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=name):
         from_environment({name: value})
+
+
+def test_how_it_answers_is_set() -> None:
+    names = {
+        "PENSTOCK_CANDIDATES": "300",
+        "PENSTOCK_DEADLINE_MS": "250",
+        "PENSTOCK_CONCURRENCY": "4",
+        "PENSTOCK_QUEUE": "0",
+        "PENSTOCK_BODY_BYTES": "2048",
+        "PENSTOCK_MMR_LAMBDA": "0.7",
+        "PENSTOCK_AUTHOR_CAP": "2",
+    }
+    found = from_environment(names)
+    assert (found.candidates, found.deadline_seconds, found.concurrency, found.queue) == (300, 0.25, 4, 0)
+    assert (found.body_bytes, found.trade_off, found.author_cap) == (2048, 0.7, 2)
+
+
+TOKEN = "0123456789abcdef"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "gateway.example"])
+def test_others_reach_it_with_a_token_only(host: str) -> None:
+    with pytest.raises(SettingsError, match="PENSTOCK_GATEWAY_TOKEN"):
+        from_environment({"PENSTOCK_GATEWAY_HOST": host})
+    with pytest.raises(SettingsError, match="PENSTOCK_GATEWAY_TOKEN"):
+        from_environment({}, host)
+    found = from_environment({"PENSTOCK_GATEWAY_HOST": host, "PENSTOCK_GATEWAY_TOKEN": TOKEN})
+    assert (found.host, found.token) == (host, TOKEN)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_this_machine_needs_none(host: str) -> None:
+    assert from_environment({"PENSTOCK_GATEWAY_HOST": host}).token == ""
