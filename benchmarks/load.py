@@ -26,9 +26,10 @@ K = 10
 
 @dataclass(frozen=True)
 class Servers:
-    """Model server and gateway, in processes of their own."""
+    """Model server and gateway, in processes of their own, and the ports of the gateway and of the other's gRPC."""
 
     port: int
+    grpc_port: int
     processes: Mapping[str, subprocess.Popen[bytes]]
 
     def get(self, path: str) -> str:
@@ -66,7 +67,7 @@ def serve(home: Path, logs: Path, settings: Mapping[str, str] | None = None) -> 
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
-        servers = Servers(port, processes)
+        servers = Servers(port, grpc, processes)
         _await(servers, logs)
         yield servers
     finally:
