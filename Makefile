@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1

@@ -11,11 +11,13 @@ A user's row is read, changed and written under the lock that a materialisation 
 from __future__ import annotations
 
 import fcntl
+import sqlite3
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,60 +63,64 @@ class Step:
     outcomes: tuple[tuple[int, int, int], ...] = ()
 
 
-@dataclass(slots=True)
-class _Slate:
-    """What was shown by a request, and what was told of it: item → kinds."""
-
-    user_id: int
-    time_ms: int
-    scenario: int
-    arrived_ms: int
-    items: tuple[int, ...]
-    told: dict[int, int] = field(default_factory=dict)
-
-
 class Slates:
-    """The slates of the last `OUTCOME_DAYS`: some 1 kB each."""
+    """The slates of the last `OUTCOME_DAYS`, on the disk: in memory a busy gateway's would take gigabytes.
+
+    They lie in a file of SQLite's own that is gone with the process: the log has all of it.
+    """
 
     def __init__(self) -> None:
-        self._slates: dict[int, _Slate] = {}
+        self._slates = sqlite3.connect("", isolation_level=None)
+        for statement in (
+            "PRAGMA journal_mode = OFF",
+            "PRAGMA synchronous = OFF",
+            "CREATE TABLE slates (request_id INTEGER PRIMARY KEY, user_id, time_ms, scenario, arrived_ms, items, told)",
+            "CREATE INDEX by_arrival ON slates (arrived_ms)",
+        ):
+            self._slates.execute(statement)
+
+    def close(self) -> None:
+        """Removes the file."""
+        self._slates.close()
 
     def step(self, record: Mapping[str, Any]) -> Step | None:
         """What the next record does; None for nothing, or if its slate is not known."""
-        if record["kind"] == "impressions":
-            return self._shown(record)
-        slate = self._slates.get(record["request_id"])
-        return None if slate is None else self._told(slate, record)
+        return self._shown(record) if record["kind"] == "impressions" else self._told(record)
 
     def _shown(self, record: Mapping[str, Any]) -> Step | None:
-        if record["request_id"] in self._slates or not record["items"]:
+        if not record["items"]:
             return None
-        self._forget(record["arrived_ms"] - OUTCOME_DAYS * DAY_MS)
-        slate = _Slate(
-            record["user_id"], record["time_ms"], record["scenario"], record["arrived_ms"], tuple(record["items"])
-        )
-        self._slates[record["request_id"]] = slate
-        return Step(record["sequence"], slate.user_id, slate.time_ms, slate.scenario, shown=len(record["items"]))
+        self._slates.execute("DELETE FROM slates WHERE arrived_ms < ?", (record["arrived_ms"] - OUTCOME_DAYS * DAY_MS,))
+        items = array("q", record["items"])
+        names = ("request_id", "user_id", "time_ms", "scenario", "arrived_ms")
+        row = (*(record[name] for name in names), items.tobytes(), bytes(len(items)))
+        if not self._slates.execute("INSERT OR IGNORE INTO slates VALUES (?, ?, ?, ?, ?, ?, ?)", row).rowcount:
+            return None
+        return Step(record["sequence"], record["user_id"], record["time_ms"], record["scenario"], shown=len(items))
 
-    def _told(self, slate: _Slate, record: Mapping[str, Any]) -> Step | None:
+    def _told(self, record: Mapping[str, Any]) -> Step | None:
+        asked = (record["request_id"],)
+        query = "SELECT user_id, time_ms, scenario, items, told FROM slates WHERE request_id = ?"
+        slate = self._slates.execute(query, asked).fetchone()
+        if slate is None:
+            return None
+        user_id, time_ms, scenario, packed, kinds = slate
+        items, told = array("q", packed).tolist(), bytearray(kinds)
+        places = {item: place for place, item in enumerate(items)}
         outcomes = []
         for event in record["events"]:
-            item = event["item_id"]
-            before = slate.told.get(item, 0)
+            place = places.get(event["item_id"])
+            if place is None:
+                continue
+            before = told[place]
             after = before | kinds_of(event)
-            if after != before and item in slate.items:
-                slate.told[item] = after
-                outcomes.append((item, before, after))
+            if after != before:
+                told[place] = after
+                outcomes.append((event["item_id"], before, after))
         if not outcomes:
             return None
-        return Step(record["sequence"], slate.user_id, slate.time_ms, slate.scenario, outcomes=tuple(outcomes))
-
-    def _forget(self, before_ms: int) -> None:
-        while self._slates:
-            oldest = next(iter(self._slates))
-            if self._slates[oldest].arrived_ms >= before_ms:
-                return
-            del self._slates[oldest]
+        self._slates.execute("UPDATE slates SET told = ? WHERE request_id = ?", (bytes(told), *asked))
+        return Step(record["sequence"], user_id, time_ms, scenario, outcomes=tuple(outcomes))
 
 
 def take(step: Step, activity: Activity, items: Mapping[int, tuple[int, tuple[int, ...]]]) -> None:
@@ -156,7 +162,7 @@ class Pusher:
         self._version = 0
         self._after = 0
         self._reader: FeedbackReader
-        self._slates: Slates
+        self._slates: Slates | None = None
         self._steps: list[Step] = []
         self._read = 0
         self._position = 0
@@ -217,6 +223,8 @@ class Pusher:
                     if self._log.wait(self._position, LOOK_SECONDS):
                         with self._moved:
                             self._moved.wait_for(lambda: self._wanted > self._position, GATHER_SECONDS)
+        if self._slates is not None:
+            self._slates.close()
 
     def _step(self) -> None:
         """Pushes the next records, if there are any."""
@@ -226,9 +234,12 @@ class Pusher:
             # of a log that was removed since, the numbers mean nothing
             self._after = materialised.sequence if materialised.sequence <= self._log.sequence else 0
             self._reader = FeedbackReader(self._log.directory, self._after, OUTCOME_DAYS)
+            if self._slates is not None:
+                self._slates.close()
             self._slates = Slates()
             self._steps, self._read = [], 0
             self._version = materialised.version
+        assert self._slates is not None
         if not self._steps:
             for record in islice(self._reader.read(), BATCH):
                 self._read = record["sequence"]

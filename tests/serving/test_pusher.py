@@ -328,6 +328,7 @@ def test_records_become_what_is_new_in_them() -> None:
     assert slates.step(record(4, 9, events=[{"item_id": 11, "click": 0, "watch_time_ms": 5}])) is None
     assert slates.step(record(5, 8, events=[{"item_id": 10, "click": 1}])) is None
     assert slates.step(record(6, 7, items=[])) is None
+    slates.close()
 
 
 def test_outcomes_may_come_for_seven_days() -> None:
@@ -339,3 +340,4 @@ def test_outcomes_may_come_for_seven_days() -> None:
     slates.step(record(4, 3, items=[10], at_ms=week_ms + 1))
     assert slates.step(record(5, 1, events=[{"item_id": 10, "like": 1}], at_ms=week_ms + 1)) is None
     assert slates.step(record(6, 2, events=[{"item_id": 10, "like": 1}], at_ms=week_ms + 1)) is not None
+    slates.close()
