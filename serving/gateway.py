@@ -60,6 +60,8 @@ PROBE_THREADS = 2
 OPEN_SECONDS = 10.0
 """How long a start waits for the feature store and the model server, before it answers without them."""
 RETRY_SECONDS = 1
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the minute after which load balancers drop a connection: one that the gateway drops first fails a request."""
 
 _UNAUTHORIZED = {
     "model": Failure,
@@ -386,7 +388,8 @@ def main() -> None:
         with _listen(settings.host, settings.gateway_port) as listener, suppress(KeyboardInterrupt):
             app = create_app(settings)
             print(f"gateway: http://{settings.host}:{listener.getsockname()[1]}", flush=True)
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+            config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS)
+            uvicorn.Server(config).run(sockets=[listener])
     except (SettingsError, FeedbackError, LineError, OSError) as error:
         sys.exit(f"gateway: {error}")
 

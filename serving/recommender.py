@@ -533,4 +533,5 @@ def as_input(column: Column, spec: Input, rows: int) -> np.ndarray:
         array[np.arange(array.shape[1]) < column.lengths[:, None]] = column.values
     else:
         array = column.astype(spec.dtype, copy=False)
-    return array if spec.rank == 0 or len(array) == rows else np.broadcast_to(array, (rows, *array.shape[1:]))
+    # repeated at once: a broadcast view costs more than the copy, which the message needs anyway
+    return array if spec.rank == 0 or len(array) == rows else array.repeat(rows, axis=0)
