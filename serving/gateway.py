@@ -61,7 +61,7 @@ OPEN_SECONDS = 10.0
 """How long a start waits for the feature store and the model server, before it answers without them."""
 RETRY_SECONDS = 1
 KEEP_ALIVE_SECONDS = 75
-"""Longer than the minute after which load balancers drop a connection: one that the gateway drops first fails a request."""
+"""Longer than the minute after which load balancers drop a connection: where the gateway is first, a request fails."""
 
 _UNAUTHORIZED = {
     "model": Failure,
