@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,7 @@ def _bare_tensorflow() -> Iterator[None]:
 with _bare_tensorflow():
     from tensorflow.core.framework import types_pb2
     from tensorflow.core.framework.tensor_pb2 import TensorProto
+    from tensorflow.core.framework.tensor_shape_pb2 import TensorShapeProto
     from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef, TensorInfo
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
     from tensorflow_serving.apis import get_model_metadata_pb2 as metadata_messages
@@ -104,6 +106,9 @@ _FIELDS = {
 }
 _ENUM = {dtype: number for number, dtype in NUMPY.items()}
 MAX_ELEMENTS = 1 << 26
+KNOWN = 64
+"""Shapes of more bytes than that are read anew each time."""
+
 MAX_RANK = 64  # NumPy's; TensorFlow's own is 254
 
 
@@ -115,19 +120,25 @@ def dtype_name(number: int) -> str:
         return f"unknown dtype enum ({number})"
 
 
+@lru_cache(1024)
+def _head(dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+    """A TensorProto without its values, which is copied; made anew for each input it would be half of the time."""
+    tensor = TensorProto(dtype=_ENUM[dtype])
+    for size in shape:
+        tensor.tensor_shape.dim.add(size=size)
+    return tensor
+
+
 def fill(tensor: Any, array: np.ndarray) -> None:
-    """Makes an empty TensorProto `array`: its bytes in tensor_content, strings in string_val."""
+    """Makes a TensorProto `array`: its bytes in tensor_content, strings in string_val."""
     if array.dtype.kind in "OSU":
-        tensor.dtype = types_pb2.DT_STRING
+        tensor.CopyFrom(_head(NUMPY[types_pb2.DT_STRING], array.shape))
         tensor.string_val.extend(
             item.encode() if isinstance(item, str) else bytes(item) for item in array.ravel().tolist()
         )
     else:
-        tensor.dtype = _ENUM[array.dtype]
+        tensor.CopyFrom(_head(array.dtype, array.shape))
         tensor.tensor_content = array.tobytes()
-    dims = tensor.tensor_shape.dim
-    for size in array.shape:
-        dims.add(size=size)
 
 
 def to_tensor(array: np.ndarray) -> Any:
@@ -135,6 +146,21 @@ def to_tensor(array: np.ndarray) -> Any:
     tensor = TensorProto()
     fill(tensor, array)
     return tensor
+
+
+@lru_cache(1024)
+def _shape(described: bytes) -> tuple[tuple[int, ...], int]:
+    """The shape that a serialized TensorShapeProto says, and its elements; most requests say the same few.
+
+    Raises:
+        ValueError: it is not that of a tensor.
+    """
+    proto = TensorShapeProto.FromString(described)
+    shape = tuple(dim.size for dim in proto.dim)
+    size = math.prod(shape)
+    if proto.unknown_rank or min(shape, default=0) < 0 or len(shape) > MAX_RANK or size > MAX_ELEMENTS:
+        raise ValueError(f"shape {list(shape[:MAX_RANK])} is not that of a tensor")
+    return shape, size
 
 
 def from_tensor(tensor: Any) -> np.ndarray:
@@ -149,18 +175,14 @@ def from_tensor(tensor: Any) -> np.ndarray:
     dtype = NUMPY.get(tensor.dtype)
     if dtype is None:
         raise ValueError(f"dtype {dtype_name(tensor.dtype)} is not served")
-    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    described = tensor.tensor_shape.SerializeToString()
+    shape, size = _shape(described) if len(described) <= KNOWN else _shape.__wrapped__(described)
     content = tensor.tensor_content
-    unknown = tensor.tensor_shape.unknown_rank
-    if len(shape) == 1 and content and shape[0] * dtype.itemsize == len(content) and not unknown and dtype.kind != "O":
-        return np.frombuffer(content, dtype)
-    size = math.prod(shape)
-    if unknown or min(shape, default=0) < 0 or len(shape) > MAX_RANK or size > MAX_ELEMENTS:
-        raise ValueError(f"shape {shape} is not that of a tensor")
     if content and size:
         if dtype.kind == "O" or len(content) != size * dtype.itemsize:
-            raise ValueError(f"{len(content)} bytes do not fit shape {shape} of {dtype_name(tensor.dtype)}")
-        return np.frombuffer(content, dtype).reshape(shape)
+            raise ValueError(f"{len(content)} bytes do not fit shape {list(shape)} of {dtype_name(tensor.dtype)}")
+        array = np.frombuffer(content, dtype)
+        return array if len(shape) == 1 else array.reshape(shape)
     values = getattr(tensor, _FIELDS.get(tensor.dtype, "int_val"))[:size]
     try:
         # of a half its bits

@@ -470,7 +470,7 @@ def test_it_ends_after_the_last_byte_of_the_last_answer(tmp_path: Path) -> None:
     stopping = threading.Thread(target=server.stop)
     with server._rest.answering():
         stopping.start()
-        stopping.join(0.5)
+        stopping.join(2)
         assert stopping.is_alive()
     stopping.join(10)
     assert not stopping.is_alive()
