@@ -199,14 +199,15 @@ async def _open_loop(port: int, rate: float, seconds: float, users: int, seed: i
     every: list[asyncio.StreamWriter] = []
 
     async def ask(at: float, request: bytes) -> None:
-        reader, writer = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port)
-        if writer not in every:
-            every.append(writer)
-        writer.write(request)
         answer = b""
         while not _is_whole(answer):
+            if not answer:  # also when the gateway has ended a connection that was idle for long
+                reader, writer = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port)
+                if writer not in every:
+                    every.append(writer)
+                writer.write(request)
             part = await reader.read(1 << 16)
-            if not part:
+            if answer and not part:
                 raise RuntimeError("the gateway has closed a connection")
             answer += part
         found.seconds.append(time.perf_counter() - at)

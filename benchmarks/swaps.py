@@ -25,7 +25,8 @@ from benchmarks.serve import FOLDER
 from benchmarks.table import Comparison, machine, show, show_columns, write
 from penstock import release, routing
 from penstock.routing import Routing
-from serving import rollout
+from serving import probe, rollout
+from serving.model_client import ModelClient
 
 RELEASES = (1, 2, 3)
 SEGMENT_SECONDS = 5.0
@@ -48,24 +49,29 @@ QUICK = Size(serving_home.QUICK, 3, 10.0, 20.0)
 
 
 @contextmanager
-def _releases(home: Path) -> Iterator[None]:
-    """Releases 2 and 3 beside the first, of the same files, and release 1 live; as it was when the block ends."""
-    copies = [number for number in RELEASES if number != 1]
-    document = home / "routing.json"
-    for number in copies:
+def _releases(home: Path, at: rollout.Servers) -> Iterator[None]:
+    """Releases 2 and 3 beside the first, of the same models, and release 1 live; as it was when the block ends."""
+    kept = release.directory(home, 1).with_name("1.kept")
+    shutil.copytree(release.directory(home, 1), kept, copy_function=os.link)
+    with ModelClient(at.model_server, timeout_seconds=60.0) as client:
+        known = probe.answers(client, 1)
+    first = release.manifest(home, 1)
+    for number in RELEASES:
         place = release.directory(home, number)
         shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(release.directory(home, 1), place, copy_function=os.link)
-        manifest = release.manifest(home, 1) | {"release": number, "parent": 1}
-        (place / release.MANIFEST).unlink()
+        shutil.copytree(kept, place, copy_function=os.link, ignore=shutil.ignore_patterns(release.MANIFEST))
+        (place / release.PROBE).write_text(json.dumps(known))
+        (place / "weights.json").write_text(json.dumps({"weights": first["weights"]}))
+        manifest = first | {"release": number, "parent": 1, "files": release.hashes(place)}
         (place / release.MANIFEST).write_text(json.dumps(manifest))
     try:
         yield
     finally:
-        routing.write(document, Routing(champion=1))
+        routing.write(home / "routing.json", Routing(champion=1))
         release.unlink_all_but(home, (1,))
-        for number in copies:
+        for number in RELEASES:
             shutil.rmtree(release.directory(home, number))
+        kept.rename(release.directory(home, 1))
 
 
 class Swaps:
@@ -108,16 +114,17 @@ def main() -> None:
     size = QUICK if parser.parse_args().quick else FULL
     print(machine())
     home = serving_home.home(FOLDER, size.home)
-    with _releases(home), load.serve(home, FOLDER / "logs") as servers:
+    with load.serve(home, FOLDER / "logs") as servers:
         at = rollout.Servers(f"127.0.0.1:{servers.grpc_port}")
-        open_loop(servers.port, size.rate, SEGMENT_SECONDS, size.home.users)
-        steady = open_loop(servers.port, size.rate, size.steady_seconds, size.home.users, seed=1)
-        swaps, swapping = Swaps(home, at, size.swaps), Measured()
-        swaps.start()
-        segment = 2
-        while swaps.running:
-            swapping += open_loop(servers.port, size.rate, SEGMENT_SECONDS, size.home.users, seed=segment)
-            segment += 1
+        with _releases(home, at):
+            open_loop(servers.port, size.rate, SEGMENT_SECONDS, size.home.users)
+            steady = open_loop(servers.port, size.rate, size.steady_seconds, size.home.users, seed=1)
+            swaps, swapping = Swaps(home, at, size.swaps), Measured()
+            swaps.start()
+            segment = 2
+            while swaps.running:
+                swapping += open_loop(servers.port, size.rate, SEGMENT_SECONDS, size.home.users, seed=segment)
+                segment += 1
     if swaps.error:
         raise SystemExit(f"bench-swaps: {swaps.error}")
     show_columns(
