@@ -208,14 +208,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a smaller form, in under a minute once its home is made")
     size = QUICK if parser.parse_args().quick else FULL
-    print(machine())
+    where = machine()
+    print(where)
     home = serving_home.home(FOLDER, size.home)
     with serve(home, FOLDER / "logs") as servers, raw_calls(home, size.home.users) as raw:
         closed_loop(servers.port, 4, size.warm_seconds, size.home.users, 99)
         raw.measure(size.warm_seconds / 2)
         ours, calls, stages, ratios = _in_turn(servers, raw, size)
         loads = _loads(servers, size)
-    title = f"{size.home.items:,} items, {CANDIDATES} ranked candidates ({size.home.rank}), {machine()}"
+    title = f"{size.home.items:,} items, {CANDIDATES} ranked candidates ({size.home.rank}), {where}"
     in_process = dict(zip(release.MODELS, 1e3 * calls.mean(axis=0), strict=True))
     show_columns(
         "Where the time goes: one client, mean",

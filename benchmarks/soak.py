@@ -140,7 +140,8 @@ def main() -> None:
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else FULL
     seconds = arguments.minutes * 60 if arguments.minutes else size.seconds
-    print(machine())
+    where = machine()
+    print(where)
     home = serving_home.home(FOLDER, size.home)
     with serve(home, FOLDER / "logs") as servers:
         rate = SHARE * closed_loop(servers.port, 8, size.warm_seconds, size.home.users).rate
@@ -170,7 +171,7 @@ def main() -> None:
     rows.append(Comparison("p99, last minute", loads[-1].ms(99), loads[0].ms(99), "first minute", "ms"))
     show(f"Soak; {sum(len(load.seconds) for load in loads):,} requests, {failures} failed or degraded", rows)
     if not arguments.quick:
-        _draw(sampler, f"{rate:.0f} requests a second, {SHARE:.0%} of the throughput; {machine()}")
+        _draw(sampler, f"{rate:.0f} requests a second, {SHARE:.0%} of the throughput; {where}")
     print(f"written to {write('soak', rows)}")
 
 
