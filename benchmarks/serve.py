@@ -44,7 +44,7 @@ class Size:
 
 
 FULL = Size(serving_home.FULL, 10, 6.0, 20.0, 10.0)
-QUICK = Size(serving_home.QUICK, 2, 2.0, 3.0, 2.0)
+QUICK = Size(serving_home.QUICK, 2, 1.5, 1.0, 1.0)
 
 
 def _raw_calls(home: Path, users: int, connection: Connection) -> None:
