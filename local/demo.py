@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -320,9 +321,10 @@ class Demo:
         """Prints what a few users of the log get at its end; whether each got something."""
         end_ms, users, items = some_users(examples)
         rows = []
+        url = self._place.url("gateway")
         for user, viewed in users:
             request = {"user_id": user, "k": 5, "context": {"time_ms": end_ms}, "preview": True}
-            answer = httpx.post(f"{self._place.url('gateway')}/recommend", json=request, timeout=30)
+            answer = httpx.post(f"{url}/recommend", json=request, timeout=30, headers=token())
             if answer.is_error:
                 failure = answer.json()
                 self._say(f"no recommendations: {failure.get('error')}; {failure.get('remedy', '')}")
@@ -370,7 +372,10 @@ class Traffic:
         def follow(lane: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
             return [self._visit(client, *visit) for visit in lane]
 
-        with httpx.Client(base_url=self._url, timeout=60) as client, ThreadPoolExecutor(len(lanes)) as pool:
+        with (
+            httpx.Client(base_url=self._url, timeout=60, headers=token()) as client,
+            ThreadPoolExecutor(len(lanes)) as pool,
+        ):
             outcomes = [outcome for lane in pool.map(follow, lanes) for outcome in lane]
         shown = sum(shown for shown, _ in outcomes)
         clicks = sum(clicks for _, clicks in outcomes)
@@ -407,6 +412,12 @@ def decide(measures: dict[str, dict[str, Any]]) -> tuple[str, str]:
     if worse:
         return "Reject", f"{', '.join(worse)}: worse than the champion's, with confidence"
     return "Approve", "the gate approved it, and no measure is worse with confidence"
+
+
+def token() -> dict[str, str]:
+    """What the gateway asks of whoever asks it, if it asks for anything."""
+    said = os.environ.get("PENSTOCK_GATEWAY_TOKEN", "")
+    return {"Authorization": f"Bearer {said}"} if said else {}
 
 
 def some_users(examples: Path, count: int = 4) -> tuple[int, list[tuple[int, list[int]]], dict[int, str]]:

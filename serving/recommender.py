@@ -186,7 +186,7 @@ class Recommender:
         self._settings = settings
         self._routing = RoutingFile(settings.home / "routing.json")
         self._releases = Releases(settings.home, with_vectors=settings.trade_off < 1.0)
-        self._models = ModelClient(settings.model_server, settings.deadline_seconds)
+        self._models = ModelClient(settings.model_server, settings.deadline_seconds, settings.model_server_rest)
         self._online: Online | None = None
         self._opening = threading.Lock()
         # reading is given up when its time is over; a thread that hangs is not waited for

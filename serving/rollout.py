@@ -53,7 +53,7 @@ def servers(environment: Mapping[str, str]) -> Servers:
     Raises:
         SettingsError: one of them makes no sense.
     """
-    settings = from_environment(environment)
+    settings = from_environment(environment, host="127.0.0.1")  # an act listens nowhere, and needs no token
     keep = environment.get("PENSTOCK_KEEP_RELEASES") or str(KEEP)
     if not keep.isdecimal() or int(keep) < 1:
         raise SettingsError(f"PENSTOCK_KEEP_RELEASES is how many releases are kept, 1 or more, not {keep!r}")

@@ -21,6 +21,7 @@ class Settings:
 
     Args:
         model_server: host:port of the gRPC API of TF Serving, or of the embedded server.
+        model_server_rest: host:port of its REST API, which is asked when gRPC does not answer; empty: nothing is.
         releases: the URL of the release store, from which releases that are not in the home are fetched; empty: none.
         token: what a request must bring as its bearer token; empty: nothing, on this machine's own address alone.
         candidates: how many items recall gives to be ranked.
@@ -35,6 +36,7 @@ class Settings:
 
     home: Path
     model_server: str
+    model_server_rest: str = ""
     releases: str = ""
     host: str = "127.0.0.1"
     gateway_port: int = 8000
@@ -79,13 +81,19 @@ def from_environment(environment: Mapping[str, str], host: str | None = None) ->
             the gateway and there is no token.
     """
     address = environment.get("PENSTOCK_MODEL_SERVER") or f"127.0.0.1:{_port(environment, 'PENSTOCK_GRPC_PORT', 8500)}"
-    name, _, port = address.rpartition(":")
-    if not name or not port.isdecimal():
-        raise SettingsError(f"PENSTOCK_MODEL_SERVER is host:port of a gRPC API, not {address!r}")
+    rest = environment.get("PENSTOCK_MODEL_SERVER_REST") or ""
+    for variable, text, api in (
+        ("PENSTOCK_MODEL_SERVER", address, "gRPC"),
+        ("PENSTOCK_MODEL_SERVER_REST", rest, "REST"),
+    ):
+        name, _, port = text.rpartition(":")
+        if text and (not name or not port.isdecimal()):
+            raise SettingsError(f"{variable} is host:port of a {api} API, not {text!r}")
     of = Settings
     return Settings(
         home=Path(environment.get("PENSTOCK_HOME") or ROOT / "var" / "current").resolve(),
         model_server=address,
+        model_server_rest=rest,
         releases=environment.get("PENSTOCK_RELEASES") or "",
         host=host or environment.get("PENSTOCK_GATEWAY_HOST") or of.host,
         gateway_port=_port(environment, "PENSTOCK_GATEWAY_PORT", of.gateway_port),

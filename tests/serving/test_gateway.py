@@ -467,3 +467,11 @@ def test_the_page_of_the_api_loads_from_this_machine_alone(gateway: httpx.Client
     for source in sources:
         assert source.startswith("/"), source
         assert gateway.get(source).status_code == 200
+
+
+def test_where_grpc_is_away_rest_answers(system: System) -> None:
+    asked = replace(system.settings, model_server="127.0.0.1:1", model_server_rest=system.rest.removeprefix("http://"))
+    with serving(create_app(asked)) as gateway:
+        assert gateway.get("/ready").json()["degraded"] == {}
+        slate = gateway.post("/recommend", json={"user_id": KNOWN_USER, "k": 5, "preview": True}).json()
+    assert (slate["release"], slate["degraded"], len(slate["items"])) == (1, [], 5)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.rollout import Servers, servers
 from serving.settings import ROOT, SettingsError, from_environment
 
 
@@ -34,6 +35,7 @@ def test_the_environment_decides() -> None:
         ("PENSTOCK_SERVED_SHARE", "ten"),
         ("PENSTOCK_SERVED_SHARE", "1.1"),
         ("PENSTOCK_SERVED_SHARE", "nan"),
+        ("PENSTOCK_MODEL_SERVER_REST", "8501"),
         ("PENSTOCK_CANDIDATES", "0"),
         ("PENSTOCK_CANDIDATES", "1.5"),
         ("PENSTOCK_DEADLINE_MS", "0"),
@@ -54,6 +56,7 @@ def test_a_setting_that_makes_no_sense_is_named(name: str, value: str) -> None:
 
 def test_how_it_answers_is_set() -> None:
     names = {
+        "PENSTOCK_MODEL_SERVER_REST": "serving:8501",
         "PENSTOCK_CANDIDATES": "300",
         "PENSTOCK_DEADLINE_MS": "250",
         "PENSTOCK_CONCURRENCY": "4",
@@ -64,6 +67,7 @@ def test_how_it_answers_is_set() -> None:
     }
     found = from_environment(names)
     assert (found.candidates, found.deadline_seconds, found.concurrency, found.queue) == (300, 0.25, 4, 0)
+    assert found.model_server_rest == "serving:8501"
     assert (found.body_bytes, found.trade_off, found.author_cap) == (2048, 0.7, 2)
 
 
@@ -83,3 +87,11 @@ def test_others_reach_it_with_a_token_only(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
 def test_this_machine_needs_none(host: str) -> None:
     assert from_environment({"PENSTOCK_GATEWAY_HOST": host}).token == ""
+
+
+def test_an_act_needs_no_token() -> None:
+    with pytest.raises(SettingsError, match="PENSTOCK_KEEP_RELEASES"):
+        servers({"PENSTOCK_KEEP_RELEASES": "0"})
+    names = {"PENSTOCK_GATEWAY_HOST": "0.0.0.0", "PENSTOCK_MODEL_SERVER": "tf:8500", "PENSTOCK_KEEP_RELEASES": "3"}
+    assert servers(names) == Servers("tf:8500", "", 3)
+    assert servers({"PENSTOCK_RELEASES": "s3://bucket/releases"}).releases == "s3://bucket/releases"
