@@ -91,7 +91,7 @@ bench-swaps: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.swaps $(if $(QUICK),--quick)
 
 test: $(READY) servers
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	@$(BIN)/ruff check .
