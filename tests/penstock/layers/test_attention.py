@@ -51,7 +51,7 @@ def _dot_product(queries, keys):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("masked", itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize("masked", list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_the_loops(shape, masked, causal):
     for seed in range(3):
