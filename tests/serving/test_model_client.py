@@ -128,16 +128,18 @@ def test_what_does_not_load_is_named(client: ModelClient, base_path: Path) -> No
     assert caught.value.code is grpc.StatusCode.UNAVAILABLE
 
 
-def test_each_call_has_its_deadline(client: ModelClient, base_path: Path, server: ModelServer) -> None:
+def test_each_call_has_its_deadline(client: ModelClient, base_path: Path) -> None:
     client.load({MODEL: base_path / MODEL}, (1,))
     with pytest.raises(ModelError) as caught:
         client.predict(MODEL, 1, TWO, seconds=1e-6)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert set(client.predict(MODEL, 1, TWO, seconds=20)) == {"y", "z"}
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
-        with ModelClient("127.0.0.1:1", 0.2, f"127.0.0.1:{silent.getsockname()[1]}") as waiting:
-            with pytest.raises(ModelError) as caught:
-                waiting.ready(MODEL, 1)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,  # takes connections, and says nothing
+        ModelClient("127.0.0.1:1", 0.2, f"127.0.0.1:{silent.getsockname()[1]}") as waiting,
+        pytest.raises(ModelError) as caught,
+    ):
+        waiting.ready(MODEL, 1)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
