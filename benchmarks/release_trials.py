@@ -80,7 +80,7 @@ class Act:
     start: Routing
     command: Callable[[Path, Servers], object]
     end: Routing
-    needs: frozenset[str] = frozenset({"server", "store"})
+    needs: frozenset[str] = frozenset({"server"})
     rival: Callable[[Path, Servers], object] | None = None
     both: Routing | None = None
 
@@ -97,9 +97,10 @@ def _build(home: Path, at: Servers) -> object:
     return release.build(home, made, **said, store=ReleaseStore(at.releases))
 
 
+BOTH = frozenset({"server", "store"})
 ACTS = (
     Act("build", LIVE, _build, LIVE, frozenset({"store"}), _build, LIVE),
-    Act("fetch and load", LIVE, lambda home, at: rollout.load(home, RELEASES, at=at), LIVE),
+    Act("fetch and load", LIVE, lambda home, at: rollout.load(home, RELEASES, at=at), LIVE, BOTH),
     Act(
         "canary",
         LIVE,
@@ -108,15 +109,22 @@ ACTS = (
         rival=_promote(6),
         both=routing.canary(routing.promote(LIVE, 6), 5, 0.5),
     ),
-    Act("promote", TRYING, _promote(5), FORWARD, rival=_promote(6), both=routing.promote(routing.promote(LIVE, 6), 5)),
+    Act(
+        "promote",
+        TRYING,
+        _promote(5),
+        FORWARD,
+        BOTH,
+        rival=_promote(6),
+        both=routing.promote(routing.promote(LIVE, 6), 5),
+    ),
     Act(
         "withdraw",
         TRYING,
         lambda home, at: rollout.withdraw(home, by="ana", reason="a trial", at=at),
         LIVE,
-        frozenset({"server"}),
-        _promote(5),
-        FORWARD,
+        rival=_promote(5),
+        both=FORWARD,
     ),
     Act(
         "roll back",

@@ -24,6 +24,9 @@ from serving import probe
 from serving.model_client import ModelClient, ModelError
 from serving.settings import SettingsError, from_environment
 
+LOCAL = "127.0.0.1"
+"""An act listens nowhere, and needs no token."""
+
 KEEP = 10
 """So many of the newest releases are kept, beside those in use."""
 
@@ -53,7 +56,7 @@ def servers(environment: Mapping[str, str]) -> Servers:
     Raises:
         SettingsError: one of them makes no sense.
     """
-    settings = from_environment(environment, host="127.0.0.1")  # an act listens nowhere, and needs no token
+    settings = from_environment(environment, LOCAL)
     keep = environment.get("PENSTOCK_KEEP_RELEASES") or str(KEEP)
     if not keep.isdecimal() or int(keep) < 1:
         raise SettingsError(f"PENSTOCK_KEEP_RELEASES is how many releases are kept, 1 or more, not {keep!r}")
@@ -69,7 +72,7 @@ def promote(home: Path, number: int, *, by: str, reason: str, at: Servers | None
     Raises:
         RolloutError: the release is not what was released, or does not load and answer as it is known to.
     """
-    return _change(home, lambda before: routing.promote(before, number), by, reason, at)
+    return _change(home, lambda before: routing.promote(before, number), by, reason, at, prune=True)
 
 
 def canary(
@@ -149,7 +152,15 @@ def _agree(home: Path, store: ReleaseStore, numbers: Iterable[int]) -> None:
             release.discard(home, number)
 
 
-def _change(home: Path, act: Callable[[Routing], Routing], by: str, reason: str, at: Servers | None) -> Routing:
+def _change(
+    home: Path,
+    act: Callable[[Routing], Routing],
+    by: str,
+    reason: str,
+    at: Servers | None,
+    *,
+    prune: bool = False,  # a rollback must not wait for a store that is away
+) -> Routing:
     path, servers = _document(home), _servers(at)
     try:
         with routing.changing(path) as before, _client(servers) as client:
@@ -162,14 +173,20 @@ def _change(home: Path, act: Callable[[Routing], Routing], by: str, reason: str,
                 client.load(_base_paths(home), loaded, labels=labels(after, loaded))
                 release.unlink_all_but(home, loaded)
             with _afterwards():
-                store = ReleaseStore(servers.releases) if servers.releases else None
-                gone = release.prune(home, after, servers.keep, store)
-                if (left := routing.without(after, gone)) != after:
-                    routing.write(path, left)
-                    after = left
+                if prune:
+                    after = _prune(home, servers, after)
             return after
     except (RoutingError, ReleaseError, ModelError, OSError) as error:
         raise RolloutError(f"nothing was changed: {error}") from error
+
+
+def _prune(home: Path, servers: Servers, live: Routing) -> Routing:
+    """Deletes old releases; the document without the former champions that are gone."""
+    store = ReleaseStore(servers.releases) if servers.releases else None
+    left = routing.without(live, release.prune(home, live, servers.keep, store))
+    if left != live:
+        routing.write(_document(home), left)
+    return left
 
 
 @contextmanager
@@ -271,7 +288,7 @@ def main() -> None:
             act.add_argument("--reason", required=True)
     arguments = parser.parse_args()
     try:
-        home = arguments.home.resolve() if arguments.home else from_environment(os.environ).home
+        home = arguments.home.resolve() if arguments.home else from_environment(os.environ, LOCAL).home
         words = {
             key: value
             for key, value in vars(arguments).items()

@@ -12,6 +12,7 @@ from penstock import release, routing
 from penstock.routing import Routing
 from serving import rollout
 from serving.model_client import ModelClient
+from serving.model_server import ModelServer
 from serving.rollout import RolloutError, Servers
 from tests.serving.conftest import System, build
 
@@ -46,6 +47,29 @@ def test_a_release_goes_through_canary_and_promotion_and_back(system: System) ->
     assert back.updated_at > promoted.updated_at
     rollout.promote(system.home, 1, by="cem", reason="again")
     assert loaded(system) == linked(system) == {1}
+
+
+def test_a_promotion_deletes_what_is_old_and_a_rollback_does_not(system: System, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(system.home / "releases", home / "releases")
+    routing.write(home / "routing.json", Routing(champion=1))
+    assert build(home, tmp_path / "made") == 4
+    server = ModelServer(home, 0, 0)
+    server.start()
+    try:
+        at = Servers(f"127.0.0.1:{server.grpc_port}", keep=1)
+        first = rollout.promote(home, 2, by="ana", reason="better", at=at)
+        assert release.releases(home) == [1, 2, 4]  # what is live, what it can go back to, and the newest
+        second = rollout.promote(home, 4, by="ana", reason="better still", at=at)
+        assert release.releases(home) == [2, 4]
+        assert (first.previous, second.previous) == ((1,), (2,))
+        assert routing.read(home / "routing.json") == second
+        assert build(home, tmp_path / "another") == 5
+        for _ in range(2):
+            assert rollout.rollback(home, by="ben", reason="worse", leaving=4, at=at).champion == 2
+        assert release.releases(home) == [2, 4, 5]
+    finally:
+        server.stop()
 
 
 def test_withdrawing_needs_no_model_server(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
