@@ -149,7 +149,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPIOffline(
         title="Penstock",
         summary="Recommendations, and what users did with them",
-        description="Every answer is of one release, which it names. What it is `degraded` by was left out of it.",
+        description="Every answer is of one release, which it names. What had to be left out of it is in `degraded`.",
         version="1",
         lifespan=lifespan,
     )
