@@ -103,7 +103,7 @@ check: $(READY)
 bench-features: $(READY) servers
 	@$(BIN)/python -W ignore -m benchmarks.features $(if $(QUICK),--quick)
 
-# Every recall model and loss beside baselines, 3 seeds each, in about two hours; QUICK=1 is a smaller form.
+# Every recall model and loss beside baselines, 3 seeds each, in two to three hours; QUICK=1 is a smaller form.
 bench-recall: $(READY) $(PEERS)
 	@$(BIN)/python -W ignore -m benchmarks.recall $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
 

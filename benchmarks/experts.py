@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.kept import once, window
 from benchmarks.recall import SMALL, make_examples
+from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import training
 from penstock.datasets import simulator
@@ -39,10 +40,13 @@ def main() -> None:
     folder = BUILD / ("experts-quick" if quick else "experts")
     examples = make_examples(folder / "examples", None, SMALL if quick else FEED)
     seeds = range(1, 2) if quick else range(1, 21)
-    found = {
-        way: [trial(examples, seed, way, own | ({"epochs": 1} if quick else {}), folder) for seed in seeds]
-        for way, own in WAYS.items()
-    }
+    less = {"epochs": 1} if quick else {}
+    pairs = [(way, seed) for seed in seeds for way in WAYS]
+    calls = [(examples, seed, way, WAYS[way] | less, folder) for way, seed in pairs]
+    found: dict[str, list[dict[str, list[float]]]] = {}
+    trials = each(trial, calls, [f"{way}, seed {seed}" for way, seed in pairs])
+    for (way, _), shares in zip(pairs, trials, strict=True):
+        found.setdefault(way, []).append(shares)
     report(found, goal=not quick)
 
 
@@ -50,7 +54,6 @@ def trial(examples: Path, seed: int, way: str, overrides: Mapping[str, Any], fol
     """The mean share of each expert on the validation slice, by task; kept in `folder`."""
 
     def measured() -> dict[str, list[float]]:
-        print(f"{way}, seed {seed}", flush=True)
         keras.backend.clear_session()
         with tempfile.TemporaryDirectory() as name:
             training.train_rank(examples, "mmoe", overrides, seed, Path(name))

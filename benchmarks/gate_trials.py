@@ -28,6 +28,7 @@ from scipy.stats import beta
 from benchmarks.bad_candidates import KINDS, RANK_MODEL, Kind, Stage, make_rank, make_recall
 from benchmarks.kept import once
 from benchmarks.recall import SMALL, make_examples
+from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import evidence, fusion, gate, training
 from penstock.datasets import simulator
@@ -58,7 +59,8 @@ def main() -> None:
     rows = bad(folder, feed, kinds, quick)
     logs = [dataclasses.replace(feed, seed=seed) for seed in range(1, 2 if quick else LOGS + 1)]
     settings = {"epochs": 1} if quick else {}
-    found = [pairs(config, folder, 2 if quick else SEEDS, settings) for config in logs]
+    calls = [(config, folder, 2 if quick else SEEDS, settings) for config in logs]
+    found = each(pairs, calls, [f"log {config.seed}" for config in logs])
     rows += chance(found, goal=not quick)
     rows += power(found)
     show("The gate", rows)
@@ -135,13 +137,11 @@ def pairs(config: simulator.Config, folder: Path, seeds: int, overrides: Mapping
     trained = [place / str(seed) for seed in range(1, seeds + 1)]
     judged = Judge(place / "examples", trained, simulator.Truth(config))
     same = [judged.between(*pair) for pair in itertools.permutations(range(seeds), 2)]
-    print(f"log {config.seed}: {sum(one['approved'] for one in same)} of {len(same)} promoted", flush=True)
     return {"same": same, "better": list(judged.improvements())}
 
 
 def one_training(examples: Path, out: Path, seed: int, overrides: Mapping[str, Any]) -> None:
     """A rank model's predictions, and the weights for them."""
-    print(f"  seed {seed}", flush=True)
     keras.backend.clear_session()
     with tempfile.TemporaryDirectory() as name:
         training.train_rank(examples, RANK_MODEL, overrides, seed, Path(name) / "weights")

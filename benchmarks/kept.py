@@ -28,7 +28,9 @@ def once(
         return json.loads(kept.read_text())
     found = measure()
     folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found))
+    unfinished = kept.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(found))
+    unfinished.replace(kept)
     return found
 
 

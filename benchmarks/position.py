@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.kept import once
 from benchmarks.recall import SMALL, make_examples
+from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import training
 from penstock.datasets import simulator
@@ -59,7 +60,9 @@ def main() -> None:
     folder = BUILD / ("position-quick" if quick else "position")
     seeds = range(1, 2) if quick else range(1, 11)
     size = SMALL if quick else simulator.Config()
-    found = [trial(dataclasses.replace(size, seed=seed), folder, {"epochs": 1} if quick else {}) for seed in seeds]
+    overrides = {"epochs": 1} if quick else {}
+    calls = [(dataclasses.replace(size, seed=seed), folder, overrides) for seed in seeds]
+    found = each(trial, calls, [f"seed {seed}" for seed in seeds])
     report(found, goal=not quick)
     draw(found, folder / "position_bias.png" if quick else FIGURE)
 
@@ -73,7 +76,6 @@ def trial(config: simulator.Config, folder: Path, overrides: Mapping[str, Any]) 
             truth = simulator.Truth(config)
             found: dict[str, Any] = {"seed": config.seed, "correlation": {}}
             for way, own in WAYS.items():
-                print(f"seed {config.seed}: {way}", flush=True)
                 keras.backend.clear_session()
                 of_way = prepared(examples, way, truth, Path(name) / way)
                 training.train_rank(of_way, MODEL, {**overrides, **own}, config.seed, Path(name) / "trained")

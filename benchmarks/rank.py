@@ -28,6 +28,7 @@ from scipy.stats import t as students
 
 from benchmarks.kept import code, once, window
 from benchmarks.recall import make_examples, spread
+from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import calibration, candidate, metrics, training
 from penstock.evaluation import rank_metrics
@@ -98,10 +99,11 @@ def main() -> None:
     seeds, asked = (SEEDS[:1], QUICK) if arguments.quick else (SEEDS, TRIALS)
 
     measured = {TREES: trees(examples, folder, seeds, arguments.quick)}
-    for seed in seeds:
-        for number, trial in enumerate(asked, 1):
-            print(f"seed {seed}, {number} of {len(asked)}: {trial.name}", flush=True)
-            measured.setdefault(trial.name, []).append(measure(trial, seed, examples, folder))
+    pairs = [(trial, seed) for seed in seeds for trial in asked]
+    calls = [(trial, seed, examples, folder) for trial, seed in pairs]
+    found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
+    for (trial, _), of_trial in zip(pairs, found, strict=True):
+        measured.setdefault(trial.name, []).append(of_trial)
     report(measured, goals=not arguments.quick)
 
 

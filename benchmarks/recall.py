@@ -23,6 +23,7 @@ import keras
 import numpy as np
 
 from benchmarks.kept import once, window
+from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from feature_repo.store import historical, refresh
 from penstock import baselines, candidate, training
@@ -56,18 +57,22 @@ def trials(losses: Sequence[Mapping[str, Any]], models: Sequence[str], variants:
 
 
 MODELS = ("youtube_dnn", "sdm", "dssm", "cnn_dssm", "lstm_dssm")
+SAMPLE = 1024
+"""Of a sampled softmax: where the models' own sample is as large as this catalogue, they take the whole softmax."""
+
 LOSSES: tuple[dict[str, Any], ...] = (
-    {"loss": "softmax"},
-    {"loss": "sampled_softmax", "sampler": "uniform"},
-    {"loss": "sampled_softmax", "sampler": "unigram", "power": 0.75},
-    {"loss": "sampled_softmax", "sampler": "log_uniform"},
+    {"loss": "sampled_softmax", "sampler": "uniform", "sample": SAMPLE},
+    {"loss": "sampled_softmax", "sampler": "unigram", "sample": SAMPLE},
+    {"loss": "sampled_softmax", "sampler": "log_uniform", "sample": SAMPLE},
     {"loss": "in_batch"},
     {"loss": "nce"},
     {"loss": "tapas"},
     {"loss": "sagram"},
     {"loss": "sogram"},
 )
+UNCORRECTED = {"loss": "sampled_softmax", "sampler": "unigram", "sample": SAMPLE, "log_q": False}
 VARIANTS = (
+    Trial("youtube_dnn, sampled_softmax unigram 1024 without logQ", "youtube_dnn", UNCORRECTED),
     Trial("sdm, 1 head", "sdm", {"heads": 1}),
     Trial("sdm, no gate", "sdm", {"gate": False}),
     Trial("sdm, 50 of 60 days", "sdm", {"long": 50, "long_days": 60.0}),
@@ -91,10 +96,11 @@ def main() -> None:
     )
 
     measured: dict[str, list[dict[str, Any]]] = peers(examples, folder)
-    for seed in seeds:
-        for number, trial in enumerate(asked, 1):
-            print(f"seed {seed}, {number} of {len(asked)}: {trial.name}", flush=True)
-            measured.setdefault(trial.name, []).append(measure(trial, seed, examples, folder))
+    pairs = [(trial, seed) for seed in seeds for trial in asked]
+    calls = [(trial, seed, examples, folder) for trial, seed in pairs]
+    found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
+    for (trial, _), figures in zip(pairs, found, strict=True):
+        measured.setdefault(trial.name, []).append(figures)
     report(measured, [trial.name for trial in asked], goal=None if arguments.quick else 1.0)
 
 
