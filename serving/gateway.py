@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -387,6 +388,8 @@ def main() -> None:
         )
         with _listen(settings.host, settings.gateway_port) as listener, suppress(KeyboardInterrupt):
             app = create_app(settings)
+            gc.collect()
+            gc.freeze()  # as in the model server: no request waits for what stays to be gone through
             print(f"gateway: http://{settings.host}:{listener.getsockname()[1]}", flush=True)
             config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS)
             uvicorn.Server(config).run(sockets=[listener])

@@ -9,6 +9,7 @@ what that says. Without a release it runs and answers NOT_FOUND.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -352,6 +353,8 @@ def main() -> None:
     except PortError as error:
         sys.exit(f"model server: {error}")
     server.start()
+    gc.collect()
+    gc.freeze()  # what is here stays: a collection would hold all requests for a quarter of a second to find it again
     served = ", ".join(f"{name} {versions}" for name, versions in server.servables.served.items())
     where = f"gRPC {arguments.host}:{server.grpc_port}, REST {arguments.host}:{server.rest_port}"
     print(f"model server: {where}, serving {served}", flush=True)

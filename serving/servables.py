@@ -6,14 +6,16 @@ signature names, which costs less than calling the signature as a Python functio
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import grpc
 import numpy as np
@@ -32,8 +34,14 @@ WARM_UP_RECORDS = 1000
 MAX_INPUT_BYTES = 1 << 28
 """The memory that the inputs of a request may take; a few bytes can claim any shape."""
 
+LOADING_NICE = 15
+"""How far a load stands back behind the requests that run: as nice, of at most 19."""
+
 CALLABLES = 32
 """Choices of outputs whose preparation a version keeps."""
+
+
+Made = TypeVar("Made")
 
 
 class RequestError(Exception):
@@ -232,6 +240,24 @@ class Servable:
             self.predict(request.model_spec.signature_name, request.inputs, request.output_filter)
 
 
+def _behind(make: Callable[[], Made]) -> Made:
+    """What `make` gives, by a thread that gets the processor when those that answer leave it."""
+    made: Future[Made] = Future()
+
+    def run() -> None:
+        with suppress(OSError):  # a priority for each thread is Linux's
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    thread = threading.Thread(target=run, name="load")
+    thread.start()
+    thread.join()
+    return made.result()
+
+
 def _op_error(error: tf.errors.OpError) -> RequestError:
     code = next((code for code in grpc.StatusCode if code.value[0] == error.error_code), grpc.StatusCode.UNKNOWN)
     return RequestError(code, str(error.message).split("\n\t [[")[0])  # without the nodes it came through
@@ -338,6 +364,8 @@ class Servables:
         self._served: dict[str, dict[int, Servable]] = {}
         self._states: dict[str, dict[int, VersionState]] = {}
         self._drains: list[threading.Thread] = []
+        # the first session makes the threads that all share: a load's own would have its low priority
+        tf.compat.v1.Session(graph=tf.Graph()).close()
 
     def close(self) -> None:
         """Unloads everything, when the requests that run have ended."""
@@ -480,7 +508,7 @@ class Servables:
         if version not in self._served.get(name, {}):
             self._state(name, version, VersionState("LOADING"))
         try:
-            return Servable(name, version, path, self.metrics)
+            return _behind(lambda: Servable(name, version, path, self.metrics))
         except Exception as error:  # whatever is wrong with the files, the server must go on
             code = error.code if isinstance(error, RequestError) else grpc.StatusCode.UNKNOWN
             reason = (str(error).splitlines() or [type(error).__name__])[0]

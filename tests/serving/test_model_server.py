@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import shutil
 import signal
@@ -443,6 +444,10 @@ def test_the_command_answers_what_runs_when_it_is_told_to_end(base_path: Path, t
             assert line.endswith("serving recall [1], rank []\n"), line
             found = re.search(r"gRPC (\S+), REST (\S+),", line)
             assert found is not None
+            # loads stand back; the threads that answer, TensorFlow's among them, do not
+            threads = [int(path.name) for path in Path(f"/proc/{process.pid}/task").iterdir()]
+            own = os.getpriority(os.PRIO_PROCESS, process.pid)
+            assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {own}
             subject = conformance.connect(found[1], found[2], base_path)
             wait = {"seconds": np.array(1.5)}
             with ThreadPoolExecutor(2) as pool:
