@@ -61,7 +61,7 @@ class Softmax(Objective):
 
     def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
         items = item_tower(ops.arange(FIRST, FIRST + self._known, dtype="int32"))
-        return ops.mean(sampled.softmax(queries, items, positives - FIRST))
+        return sampled.mean_softmax(queries, items, positives - FIRST)
 
 
 def _vectors(item_tower: ItemTower, positives: Any, others: Any) -> tuple[Any, Any]:
@@ -99,7 +99,7 @@ class SampledSoftmax(_Drawn):
     def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
         negatives, log_times = sampled.distinct(self.sampler.draw(self._sample))
         of_positives, of_negatives = _vectors(item_tower, positives, negatives)
-        losses = sampled.sampled_softmax(
+        return sampled.mean_sampled_softmax(
             queries,
             of_positives,
             of_negatives,
@@ -108,7 +108,6 @@ class SampledSoftmax(_Drawn):
             self._log_count(positives),
             self._log_count(negatives) - log_times,
         )
-        return ops.mean(losses)
 
 
 class InBatch(Objective):

@@ -7,6 +7,11 @@ from keras import ops
 
 _EXCLUDED = -1e9
 
+CELLS = 2**23
+"""So many logits are held at once, or those of `_ROWS` rows where these are more."""
+
+_ROWS = 64
+
 
 def softmax(query: ops.Tensor, items: ops.Tensor, places: ops.Tensor) -> ops.Tensor:
     """Cross-entropy of each row's positive against all items.
@@ -57,13 +62,59 @@ def sampled_softmax(
     Returns:
         The loss of each row, `[batch]`.
     """
+    return _log_one_plus_sum_exp(
+        *_against(query, positives, negatives, positive_ids, negative_ids, positive_log_q, negative_log_q)
+    )
+
+
+def mean_softmax(query: ops.Tensor, items: ops.Tensor, places: ops.Tensor, cells: int = CELLS) -> ops.Tensor:
+    """The mean of `softmax`, `[]`, of whose logits no more than `cells` are held at once."""
+    items, places = tf.convert_to_tensor(items), tf.convert_to_tensor(places)
+    count = tf.shape(items)[0]
+    ids = tf.range(count, dtype=places.dtype)
+    return mean_sampled_softmax(
+        query, tf.gather(items, places), items, places, ids, tf.zeros(tf.shape(places)), tf.zeros([count]), cells
+    )
+
+
+def mean_sampled_softmax(
+    query: ops.Tensor,
+    positives: ops.Tensor,
+    negatives: ops.Tensor,
+    positive_ids: ops.Tensor,
+    negative_ids: ops.Tensor,
+    positive_log_q: ops.Tensor,
+    negative_log_q: ops.Tensor,
+    cells: int = CELLS,
+) -> ops.Tensor:
+    """The mean of `sampled_softmax`, `[]`, of whose logits no more than `cells` are held at once.
+
+    What comes back to a mean is one number, by which gradients are multiplied last: so each chunk of rows gives its
+    part of them as soon as its logits are there, and nothing of it is kept or computed again.
+    """
+    rows, columns, excluded = _against(
+        query, positives, negatives, positive_ids, negative_ids, positive_log_q, negative_log_q
+    )
+    return _mean_log_one_plus_sum_exp(rows, columns, excluded, tf.maximum(cells // tf.shape(columns)[0], _ROWS))
+
+
+def _against(
+    query: ops.Tensor,
+    positives: ops.Tensor,
+    negatives: ops.Tensor,
+    positive_ids: ops.Tensor,
+    negative_ids: ops.Tensor,
+    positive_log_q: ops.Tensor,
+    negative_log_q: ops.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Rows and columns whose products are `sⱼ − s⁺`, and the pairs of them that are accidental hits."""
     query, negatives = tf.convert_to_tensor(query), tf.convert_to_tensor(negatives)
     positive = tf.reduce_sum(query * positives, axis=-1) - positive_log_q
     # [q, 1, −s⁺] · [v, −log count, 1] = sⱼ − s⁺: the correction and the shift cost no pass over [batch, sample]
     rows = tf.concat([query, tf.ones_like(query[:, :1]), -positive[:, None]], axis=1)
     correction = -tf.convert_to_tensor(negative_log_q)[:, None]
     columns = tf.concat([negatives, correction, tf.ones_like(correction)], axis=1)
-    return _log_one_plus_sum_exp(rows, columns, accidental_hits(positive_ids, negative_ids))
+    return rows, columns, accidental_hits(positive_ids, negative_ids)
 
 
 def distinct(ids: ops.Tensor) -> tuple[ops.Tensor, ops.Tensor]:
@@ -93,6 +144,62 @@ def accidental_hits(positive_ids: ops.Tensor, negative_ids: ops.Tensor) -> ops.T
 @tf.custom_gradient
 def _log_one_plus_sum_exp(rows: tf.Tensor, columns: tf.Tensor, excluded: tf.Tensor) -> tf.Tensor:
     """log(1 + Σⱼ exp(rowsᵦ · columnsⱼ)) of each row, `[batch]`; the last of `columns` is all ones."""
+    losses, terms, sums, total = _parts(rows, columns, excluded)
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, None]:
+        weight = (upstream / total)[:, None]
+        return weight * sums, tf.matmul(terms, weight * rows, transpose_a=True), None
+
+    return losses, gradient
+
+
+@tf.custom_gradient
+def _mean_log_one_plus_sum_exp(
+    rows: tf.Tensor, columns: tf.Tensor, excluded: tf.Tensor, at_once: tf.Tensor
+) -> tf.Tensor:
+    """The mean of `_log_one_plus_sum_exp`, `[]`, `at_once` rows after another."""
+    count = tf.shape(rows)[0]
+    chunks = -(-count // at_once)
+
+    def of_chunk(
+        chunk: tf.Tensor, loss: tf.Tensor, of_rows: tf.TensorArray, of_columns: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.TensorArray, tf.Tensor]:
+        start = chunk * at_once
+        part = rows[start : start + at_once]
+        first, last = tf.unstack(tf.searchsorted(excluded[:, 0], tf.stack([start, start + at_once])))
+        losses, terms, sums, total = _parts(part, columns, excluded[first:last] - tf.stack([start, 0]))
+        gradient = tf.matmul(terms, part / total[:, None], transpose_a=True)
+        return (
+            chunk + 1,
+            loss + tf.reduce_sum(losses),
+            of_rows.write(chunk, sums / total[:, None]),
+            of_columns + gradient,
+        )
+
+    _, loss, of_rows, of_columns = tf.while_loop(
+        lambda chunk, *_: chunk < chunks,
+        of_chunk,
+        (
+            0,
+            tf.zeros([], rows.dtype),
+            tf.TensorArray(rows.dtype, chunks, infer_shape=False, element_shape=[None, rows.shape[1]]),
+            tf.zeros_like(columns),
+        ),
+        parallel_iterations=1,  # more would hold more than a chunk
+    )
+    mean = 1.0 / tf.cast(count, rows.dtype)
+    of_rows = of_rows.concat()
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, None, None]:
+        return mean * upstream * of_rows, mean * upstream * of_columns, None, None
+
+    return mean * loss, gradient
+
+
+def _parts(
+    rows: tf.Tensor, columns: tf.Tensor, excluded: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The losses of rows, and what their gradients are made of: each term of the sums, `Σⱼ term columnsⱼ`, the sums."""
 
     def exponentials(shift: tf.Tensor | None) -> tf.Tensor:
         exponents = tf.matmul(rows, columns, transpose_b=True)
@@ -117,12 +224,7 @@ def _log_one_plus_sum_exp(rows: tf.Tensor, columns: tf.Tensor, excluded: tf.Tens
     total = tf.exp(-shift) + sums[:, -1]
     # log1p keeps the digits of a loss near 0
     losses = tf.where(shift > 0.0, shift + tf.math.log(total), tf.math.log1p(sums[:, -1]))
-
-    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, None]:
-        weight = (upstream / total)[:, None]
-        return weight * sums, tf.matmul(terms, weight * rows, transpose_a=True), None
-
-    return losses, gradient
+    return losses, terms, sums, total
 
 
 def in_batch_softmax(

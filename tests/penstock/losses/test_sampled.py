@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from penstock.losses.sampled import accidental_hits, distinct, in_batch_softmax, nce, resample, sampled_softmax, softmax
+from penstock.losses.sampled import (
+    accidental_hits,
+    distinct,
+    in_batch_softmax,
+    mean_sampled_softmax,
+    mean_softmax,
+    nce,
+    resample,
+    sampled_softmax,
+    softmax,
+)
 
 
 def _arguments(random, batch, sample, dim=4, items=6):
@@ -118,6 +130,58 @@ def test_a_graph_takes_batches_of_any_size():
     for batch, sample in ((1, 5), (6, 2)):
         arguments = _arguments(np.random.default_rng(batch), batch, sample)
         np.testing.assert_allclose(compiled(*map(tf.constant, arguments)), _oracle(*arguments), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("batch", [1, 64, 150])
+def test_the_mean_chunk_by_chunk_is_that_of_all_rows_and_so_is_its_gradient(batch, scale):
+    """Chunks are of 64 rows here: one, one that is full, and three of which the last is not."""
+    query, positives, negatives, ids, others, log_p, log_n = _arguments(np.random.default_rng(5), batch, 9)
+    values = tuple(scale * value for value in (query, positives, negatives))
+
+    def loss(mean):
+        def of(query, positives, negatives):
+            found = mean(query, positives, negatives, ids, others, log_p, log_n)
+            return tf.reshape(3.0 * found, [1])
+
+        return of
+
+    in_chunks = loss(lambda *arguments: mean_sampled_softmax(*arguments, cells=1))
+    at_once = loss(lambda *arguments: tf.reduce_mean(_plain(*arguments)))
+    np.testing.assert_allclose(in_chunks(*values), at_once(*values), rtol=1e-5)
+    for ours, plain in zip(_gradients(in_chunks, *values), _gradients(at_once, *values), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_the_mean_over_all_items_is_that_of_the_exact_softmax():
+    query, _, items, *_ = _arguments(np.random.default_rng(6), 70, 9)
+    places = np.arange(70) % 9
+    np.testing.assert_allclose(
+        mean_softmax(query, items, places, cells=1), tf.reduce_mean(softmax(query, items, places)), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("cells", "whole"), [(1_000_000, False), (100_000_000, True)])
+def test_no_more_logits_are_held_than_those_of_a_chunk(cells, whole):
+    """All of 50,000 rows with 2,000 items are 400 MB."""
+
+    @tf.function(jit_compile=False)
+    def step(query, items):
+        with tf.GradientTape() as tape:
+            tape.watch([query, items])
+            loss = mean_softmax(query, items, tf.range(50_000) % 2_000, cells)
+        return tape.gradient(loss, [query, items])
+
+    def megabytes(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+    arguments = tf.zeros([50_000, 8]), tf.zeros([2_000, 8])
+    traced = step.get_concrete_function(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    before = megabytes("VmRSS")
+    traced(*arguments)
+    assert (megabytes("VmHWM") - before > 300) == whole
 
 
 @pytest.mark.parametrize("seed", range(4))
