@@ -9,6 +9,10 @@
 | `tapas` | sampled softmax, of negatives the batch ranks high | sampler, `sample`, `log_q`, `resample`, `temperature` |
 | `sagram` | all pairs, items as the sampler draws them, by the last vectors | sampler, `sample`, `gravity` |
 | `sogram` | the same by moving averages | sampler, `sample`, `gravity`, `decay` |
+| `bpr` | the positive above each negative | sampler, `sample` |
+| `top1_max` | the positive above the highest negatives, and these near 0 | sampler, `sample` |
+| `bpr_max` | likewise | sampler, `sample`, `regularization` |
+| `hinge` | the positive above each negative by a margin | sampler, `sample`, `margin` |
 
 `sampled_softmax` is `softmax` if `sample` is all items or more. Samplers are `uniform`, `unigram` (which reads `power`)
 and `log_uniform`.
@@ -17,6 +21,7 @@ and `log_uniform`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -25,7 +30,7 @@ import tensorflow as tf
 from keras import ops, random
 
 from penstock.examples import FIRST
-from penstock.losses import sampled
+from penstock.losses import ranking, sampled
 from penstock.losses.gramian import AverageGramian, OnlineGramian, gravity, quadratic
 from penstock.retrieval import RecallConfig
 from penstock.samplers import LogUniform, Sampler, StreamingFrequency, Uniform, Unigram, checked_decay
@@ -273,6 +278,25 @@ class SAGram(_AllPairs):
         return self.of_queries.update(rows, queries), self.of_items.update(drawn, of_drawn)
 
 
+class Ranking(_Drawn):
+    """The positive above negatives that the batch shares.
+
+    Args:
+        of: a loss of `penstock.losses.ranking`, of positives, negatives and which of them count.
+    """
+
+    def __init__(self, sampler: Sampler, sample: int, of: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__(sampler, sample)
+        self._of = of
+
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
+        drawn = self.sampler.draw(self._sample)
+        of_positives, of_drawn = _vectors(item_tower, positives, drawn)
+        counts = ops.cast(ops.not_equal(drawn[None, :], positives[:, None]), queries.dtype)
+        scores = ops.sum(queries * of_positives, axis=-1), ops.matmul(queries, ops.transpose(of_drawn))
+        return ops.mean(self._of(*scores, counts))
+
+
 SAMPLERS: dict[str, Callable[[RecallConfig, np.ndarray, int], Sampler]] = {
     "uniform": lambda config, counts, seed: Uniform(counts, seed),
     "unigram": lambda config, counts, seed: Unigram(counts, config.power, seed),
@@ -300,6 +324,14 @@ LOSSES: dict[str, Callable[[RecallConfig, Sampler, np.ndarray, int], Objective]]
     ),
     "sagram": lambda config, sampler, counts, seed: SAGram(sampler, config.sample, config.gravity, counts),
     "sogram": lambda config, sampler, counts, seed: SOGram(sampler, config.sample, config.gravity, config.decay),
+    "bpr": lambda config, sampler, counts, seed: Ranking(sampler, config.sample, ranking.bpr),
+    "top1_max": lambda config, sampler, counts, seed: Ranking(sampler, config.sample, ranking.top1_max),
+    "bpr_max": lambda config, sampler, counts, seed: Ranking(
+        sampler, config.sample, partial(ranking.bpr_max, regularization=config.regularization)
+    ),
+    "hinge": lambda config, sampler, counts, seed: Ranking(
+        sampler, config.sample, partial(ranking.hinge, margin=config.margin)
+    ),
 }
 
 

@@ -32,6 +32,8 @@ class RecallConfig:
         gravity: weight of the mean square score of all pairs against the mean square error of the positives.
         decay: weight of the newest batch in a running estimate, in (0, 1]: of SOGram's Gramians, and of how often
             batches have an item. The estimate reaches back about 1 / decay batches (or occurrences of the item).
+        regularization: λ, how much `bpr_max` holds the scores of negatives near 0.
+        margin: by so much `hinge` wants the positive above.
         prefixes: so many of the items that a user's first row has in its history are examples too, each with what
             stands before it as the history. 0: none.
         examples_per_user: at most so many examples of a user, drawn by the seed, so that those who do much do not
@@ -48,6 +50,8 @@ class RecallConfig:
     temperature: float = 1.0
     gravity: float = 10.0
     decay: float = 0.01
+    regularization: float = 1.0
+    margin: float = 0.5
     prefixes: int = 10
     examples_per_user: int = 0
     optimizer: str = "adam"
@@ -68,11 +72,15 @@ class Towers(NamedTuple):
         query: encoded features of the user and the request by name → `[batch, dim]`; `EXAMPLE_AGE` may be among them.
         item: indices of `penstock.catalogue` of any shape `[…]` → `[…, dim]`.
         by_content: the item tower reads attributes, so that items training has not seen have vectors too.
+        pairs: what is learnt of a row by a model that learns from a whole history at once, not from its next item
+            alone: the query's inputs and the positives `[batch]` → queries `[pairs, dim]` and their positives
+            `[pairs]`. Training then gives it a user's last row for all those that the row's history holds.
     """
 
     query: keras.Model
     item: keras.layers.Layer
     by_content: bool = False
+    pairs: keras.layers.Layer | None = None
 
 
 class Retrieval(keras.Model):
@@ -87,6 +95,7 @@ class Retrieval(keras.Model):
         self.query_tower = towers.query
         self.item_tower = towers.item
         self.by_content = towers.by_content
+        self.pairs = towers.pairs
         self.objective = objective
 
     def build(self, input_shape: Any = None) -> None:
@@ -96,12 +105,17 @@ class Retrieval(keras.Model):
         self.built = True
 
     def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
+        if training and self.pairs is not None:
+            return ()  # the pairs have queries of their own
         return self.query_tower(inputs, training=training)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
         positives, rows = (y["item"], y["row"]) if isinstance(y, dict) else (y, None)
+        if self.pairs is not None:
+            y_pred, positives = self.pairs(x, positives, training=training)
+            rows = None  # a pair is a part of one
 
         def item_tower(indices: Any) -> Any:
             return self.item_tower(indices, training=training)

@@ -58,6 +58,9 @@ def train_recall(
     keras.utils.set_random_seed(seed)
     rows = _with_prefixes(_positives(examples, "train", schema), examples, config, seed)
     model = _build_recall(name, config, schema, examples, rows, seed)
+    if model.pairs is not None:
+        (history,) = schema.named("history_items")
+        rows = _one_for_all(rows, history.length)
     inputs = _query_inputs(model, rows, schema)
     check(inputs, {})
     targets = {"item": _items(rows, schema), "row": np.arange(rows.height, dtype=np.int32)}
@@ -305,6 +308,16 @@ def _with_prefixes(rows: pl.DataFrame, examples: Path, config: RecallConfig, see
         shuffled = rows.sample(fraction=1.0, shuffle=True, seed=seed)
         rows = shuffled.group_by("user_id", maintain_order=True).head(config.examples_per_user)
     return rows
+
+
+def _one_for_all(rows: pl.DataFrame, length: int) -> pl.DataFrame:
+    """Of each user the last row and each `length`-th before it, whose histories hold the others' items.
+
+    Args:
+        length: how many items of a history are read.
+    """
+    later = (pl.len() - 1 - pl.int_range(pl.len())).over("user_id")
+    return rows.filter(later % length == 0)
 
 
 def _query_inputs(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from penstock.fitting import Checkpoint
 from penstock.retrieval import BiasedItems, RecallConfig, Retrieval, Towers
 
 KNOWN, DIM, BATCH = 12, 4, 24
-CONFIG = RecallConfig(dim=DIM, sample=8, resample=4, gravity=0.3, decay=0.1, batch_size=BATCH)
+CONFIG = RecallConfig(dim=DIM, sample=8, resample=4, gravity=0.3, decay=0.1, regularization=0.1, batch_size=BATCH)
 COUNTS = np.array([0, 0, *[BATCH // KNOWN] * KNOWN])
 CASES = [(loss, "unigram") for loss in objectives.LOSSES]
 CASES += [("sampled_softmax", name) for name in objectives.SAMPLERS if name != "unigram"]
@@ -215,8 +215,8 @@ def test_sagram_without_the_rows_says_what_it_lacks():
 
 
 def test_unknown_names_are_answered_with_those_there_are():
-    with pytest.raises(ValueError, match=r"unknown loss 'hinge': there are in_batch, nce, .*, tapas"):
-        objectives.build(dataclasses.replace(CONFIG, loss="hinge"), COUNTS, 0)
+    with pytest.raises(ValueError, match=r"unknown loss 'focal': there are bpr, .*, in_batch, nce, .*, top1_max"):
+        objectives.build(dataclasses.replace(CONFIG, loss="focal"), COUNTS, 0)
     with pytest.raises(ValueError, match="unknown sampler 'zipf': there are log_uniform, uniform, unigram"):
         objectives.build(dataclasses.replace(CONFIG, sampler="zipf"), COUNTS, 0)
 
