@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-sequence-speed | bench-sequence DATA=path/to/beauty.txt | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -28,7 +28,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-rank bench-rank-speed bench-model-server bench-serve soak bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
+.PHONY: setup servers demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve soak bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
 
 setup: $(READY)
 
@@ -110,6 +110,14 @@ bench-recall: $(READY) $(PEERS)
 # Training steps beside PyTorch, DeepMatch and plain Keras at four sizes of the vocabulary, in half an hour; QUICK=1 is a smaller form.
 bench-recall-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
 	@$(BIN)/python -W ignore -m benchmarks.recall_speed $(if $(QUICK),--quick)
+
+# Sequence models on Amazon Beauty beside baselines and a published table, in some hours; QUICK=1 is a smaller form.
+bench-sequence: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.sequence $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
+
+# Training steps of SASRec beside PyTorch, in some ten minutes; QUICK=1 is a smaller form.
+bench-sequence-speed: $(READY) $(TORCH)
+	@$(BIN)/python -W ignore -m benchmarks.sequence_speed $(if $(QUICK),--quick)
 
 # A step of sparse experts beside the dense mixture, by how many there are and how many are asked, in a minute.
 bench-sparse-experts: $(READY)

@@ -72,6 +72,7 @@ TRIALS = (
     Trial("mmoe, position tower", "mmoe", {"position_bias": True}),
     Trial("sparse_moe", "sparse_moe", {}),
     Trial("youtube_ranking", "youtube_ranking", {}),
+    Trial("bst", "bst", {}),
     Trial("shared_bottom, uncertainty", "shared_bottom", {"weighting": "uncertainty"}),
     Trial("mmoe, uncertainty", "mmoe", {"weighting": "uncertainty"}),
     Trial("mmoe, pareto", "mmoe", {"weighting": "pareto"}),

@@ -56,7 +56,21 @@ def trials(losses: Sequence[Mapping[str, Any]], models: Sequence[str], variants:
     return [*(Trial(model, model, {}) for model in models), *of_losses, *variants]
 
 
-MODELS = ("youtube_dnn", "sdm", "dssm", "cnn_dssm", "lstm_dssm")
+MODELS = (
+    "youtube_dnn",
+    "sdm",
+    "dssm",
+    "cnn_dssm",
+    "lstm_dssm",
+    "sasrec",
+    "gru4rec",
+    "bert4rec",
+    "narm",
+    "attrec",
+    "shan",
+    "transrec",
+    "binn",
+)
 SAMPLE = 1024
 """Of a sampled softmax: where the models' own sample is as large as this catalogue, they take the whole softmax."""
 
@@ -69,6 +83,10 @@ LOSSES: tuple[dict[str, Any], ...] = (
     {"loss": "tapas"},
     {"loss": "sagram"},
     {"loss": "sogram"},
+    {"loss": "bpr"},
+    {"loss": "bpr_max"},
+    {"loss": "top1_max"},
+    {"loss": "hinge"},
 )
 UNCORRECTED = {"loss": "sampled_softmax", "sampler": "unigram", "sample": SAMPLE, "log_q": False}
 VARIANTS = (

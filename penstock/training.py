@@ -59,8 +59,8 @@ def train_recall(
     rows = _with_prefixes(_positives(examples, "train", schema), examples, config, seed)
     model = _build_recall(name, config, schema, examples, rows, seed)
     if model.pairs is not None:
-        (history,) = schema.named("history_items")
-        rows = _one_for_all(rows, history.length)
+        (read,) = schema.named("history_items")
+        rows = _one_for_all(rows, read.length)
     inputs = _query_inputs(model, rows, schema)
     check(inputs, {})
     targets = {"item": _items(rows, schema), "row": np.arange(rows.height, dtype=np.int32)}

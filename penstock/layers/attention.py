@@ -61,11 +61,13 @@ class AdditiveScores(keras.layers.Layer):
 
     Args:
         units: length of v.
+        activation: what stands in the place of tanh, by its name.
     """
 
-    def __init__(self, units: int, **kwargs: Any) -> None:
+    def __init__(self, units: int, activation: str = "tanh", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.units = units
+        self.activation = keras.activations.get(activation)
         self.of_queries = keras.layers.Dense(units, use_bias=False)
         self.of_keys = keras.layers.Dense(units, use_bias=False)
         self.joined = keras.layers.Dense(1, use_bias=False)
@@ -76,11 +78,12 @@ class AdditiveScores(keras.layers.Layer):
         self.joined.build((None, self.units))
 
     def call(self, queries: Any, keys: Any) -> Any:
-        hidden = ops.tanh(self.of_queries(queries)[..., :, None, :] + self.of_keys(keys)[..., None, :, :])
+        hidden = self.activation(self.of_queries(queries)[..., :, None, :] + self.of_keys(keys)[..., None, :, :])
         return self.joined(hidden)[..., 0]
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "units": self.units}
+        own = {"units": self.units, "activation": keras.activations.serialize(self.activation)}
+        return {**super().get_config(), **own}
 
 
 @keras.saving.register_keras_serializable("penstock")
@@ -145,3 +148,65 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "heads": self.heads, "dim": self.dim, "scaled": self.scaled}
+
+
+@keras.saving.register_keras_serializable("penstock")
+class Transformer(keras.layers.Layer):
+    """A block of self-attention and a network of each place (Vaswani et al., NIPS 2017, sections 3.1 and 3.3).
+
+    `y = x + D(MultiHead(x))`, `z = y + D(W₂ f(W₁ y + b₁) + b₂)`, D dropout, each with a layer norm: of what is read, as
+    `g(norm(x))`, where the norm stands first, else of the sum. Vectors `[batch, length, dim]` and present
+    `[batch, length]` → `[batch, length, dim]`.
+
+    Args:
+        heads, dim: of `MultiHeadAttention`.
+        units: rows of W₁.
+        activation: f.
+        causal: a place looks at none behind it.
+        norm_first: the norm stands first.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        dim: int,
+        units: int,
+        activation: str,
+        dropout: float,
+        causal: bool = False,
+        norm_first: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.heads = MultiHeadAttention(heads, dim)
+        self.wide = keras.layers.Dense(units, activation)
+        self.narrow = keras.layers.Dense(dim)
+        self.norms = [keras.layers.LayerNormalization(epsilon=1e-6) for _ in range(2)]
+        self.dropout = keras.layers.Dropout(dropout)
+        self.causal = causal
+        self.norm_first = norm_first
+
+    def build(self, vectors_shape: Any, present_shape: Any = None) -> None:
+        self.heads.build(vectors_shape, vectors_shape)
+        self.wide.build(vectors_shape)
+        self.narrow.build((None, None, self.wide.units))
+        for norm in self.norms:
+            norm.build(vectors_shape)
+
+    def call(self, vectors: Any, present: Any, training: bool | None = None) -> Any:
+        def attention(of: Any) -> Any:
+            return self.heads(of, of, present, present, causal=self.causal)
+
+        def network(of: Any) -> Any:
+            return self.narrow(self.dropout(self.wide(of), training=training))
+
+        for part, norm in zip((attention, network), self.norms, strict=True):
+            read = norm(vectors) if self.norm_first else vectors
+            vectors = vectors + self.dropout(part(read), training=training)
+            vectors = vectors if self.norm_first else norm(vectors)
+        return vectors
+
+    def get_config(self) -> dict[str, Any]:
+        own = {"heads": self.heads.heads, "dim": self.heads.dim, "units": self.wide.units}
+        own |= {"activation": keras.activations.serialize(self.wide.activation), "dropout": self.dropout.rate}
+        return {**super().get_config(), **own, "causal": self.causal, "norm_first": self.norm_first}

@@ -179,6 +179,27 @@ def test_odd_requests_are_answered(exported, examples):
         assert all(len(set(row)) == min(3, count) for row in ids.tolist()), other
 
 
+def test_histories_of_any_length_are_answered_each_by_itself(exported, examples):
+    """None, one item, repeats, items never seen among known ones, and more than are read: of these the last count."""
+    known = exported.items["item_id"].head(3).to_list()
+    longer = (known * 20)[:60]
+    lists = [[], known[:1], known[:1] * 4, [known[0], 2**40, known[1]], longer, longer[10:]]
+    now = 1_714_600_000_000
+    rows = pl.concat([read_slice(examples, "test").head(1)] * len(lists)).with_columns(
+        pl.Series("history_items", lists, pl.List(pl.Int64)),
+        pl.Series("history_times", [[now - 1000 * (len(of) - place) for place in range(len(of))] for of in lists]),
+        pl.Series("history_sessions", [[place // 8 for place in range(len(of))][::-1] for of in lists]),
+        pl.lit(now).alias("time_ms"),
+    )
+    ids, scores = exported.ask(rows, 3)
+    assert np.isfinite(scores).all()
+    np.testing.assert_array_equal(ids[-1], ids[-2])
+    np.testing.assert_allclose(scores[-1], scores[-2], rtol=1e-5, atol=1e-6)
+    for row in range(len(lists)):
+        _, alone = exported.ask(rows[row : row + 1], 3)
+        np.testing.assert_allclose(alone[0], scores[row], rtol=1e-4, atol=1e-5)
+
+
 def test_more_than_there_is_ends_in_padding(exported, examples):
     count = exported.items.height
     ids, _ = exported.ask(read_slice(examples, "test").head(2), count + 7)
@@ -187,9 +208,14 @@ def test_more_than_there_is_ends_in_padding(exported, examples):
         assert (row[count:] == -1).all()
 
 
+@pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`:UserWarning")
 @pytest.mark.parametrize("name", RECALL)
 def test_a_catalogue_of_one_item_trains_and_answers(name, one_item, tmp_path):
-    training.train_recall(one_item, name, {"epochs": 1}, 3, tmp_path / "trained")
+    tf.config.run_functions_eagerly(True)  # a graph takes longer to make than a batch takes without
+    try:
+        training.train_recall(one_item, name, {"epochs": 1}, 3, tmp_path / "trained")
+    finally:
+        tf.config.run_functions_eagerly(False)
     model, schema = training.load_recall(one_item, tmp_path / "trained")
     assert np.isfinite(training.item_vectors(model, np.array([2]))).all()
     assert schema.size("item_id") == 3

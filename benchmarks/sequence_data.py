@@ -1,0 +1,48 @@
+"""What both variants of the benchmark of SASRec's training learn from.
+
+NumPy alone: the peer reads it in an environment of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FIRST = 2
+"""Index of the first item: 0 is padding, 1 unknown."""
+
+LENGTH, DIM, BLOCKS, HEADS, BATCH, SAMPLE = 50, 64, 2, 1, 128, 3000
+DROPOUT, LEARNING_RATE = 0.2, 0.001
+LOSSES = ("full", "sampled")
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Full histories and what came next.
+
+    Attributes:
+        items: `[rows, LENGTH + 1]`, int32; the last column is what came next.
+        vocabulary: how many items there are.
+    """
+
+    items: np.ndarray
+    vocabulary: int
+
+    @staticmethod
+    def make(vocabulary: int, rows: int, seed: int) -> Histories:
+        """Items by a power law, 1 / (rank + 10)."""
+        random = np.random.default_rng(seed)
+        weights = 1.0 / (random.permutation(vocabulary) + 10.0)
+        drawn = random.choice(vocabulary, (rows, LENGTH + 1), p=weights / weights.sum())
+        return Histories((FIRST + drawn).astype(np.int32), vocabulary)
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        np.savez(folder / "histories.npz", items=self.items, vocabulary=self.vocabulary)
+
+    @staticmethod
+    def read(folder: Path) -> Histories:
+        with np.load(folder / "histories.npz") as stored:
+            return Histories(stored["items"], int(stored["vocabulary"]))

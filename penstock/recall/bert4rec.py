@@ -1,0 +1,154 @@
+"""BERT4Rec: masked items, told from both sides (Sun et al., CIKM 2019, arXiv 1904.06690)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from penstock.catalogue import Catalogue
+from penstock.examples import FIRST, PADDING, Schema
+from penstock.layers.attention import Transformer
+from penstock.layers.embedding import inputs_of
+from penstock.layers.next_item import Places, appended
+from penstock.retrieval import BiasedItems, RecallConfig, Towers
+
+
+@dataclass(frozen=True)
+class Config(RecallConfig):
+    """Parameters of the model and of its fit.
+
+    Attributes:
+        blocks: transformers one on the other.
+        heads: of each of them.
+        masked: the share of a sequence's items that training hides.
+        last: the share of sequences of which it hides the last item alone, as serving does.
+    """
+
+    dim: int = 64
+    blocks: int = 2
+    heads: int = 2
+    masked: float = 0.4
+    last: float = 0.1
+    dropout: float = 0.2
+    sample: int = 8192
+    batch_size: int = 128
+    learning_rate: float = 0.001
+    epochs: int = 60
+    patience: int = 5
+
+
+def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
+    """The state of a mask behind the last item; each hidden item of a training sequence is told from all others.
+
+    `P(i) = softmax(eᵢ · GELU(W h + b) + bᵢ)`, h of the mask (eq. 7), e the items' vectors in the sequence: the query is
+    that of `Bidirectional`, `[batch, dim + 1]`.
+
+    Raises:
+        ValueError: a share that is not in [0, 1], or none that is hidden.
+    """
+    if not (0.0 < config.masked <= 1.0 and 0.0 <= config.last <= 1.0):
+        raise ValueError(f"masked and last are shares, masked above 0, not {config.masked} and {config.last}")
+    (history,) = schema.named("history_items")
+    inputs = inputs_of((history,))
+    items = BiasedItems(schema.size("item_id"), config.dim, name="items")
+    encoder = Bidirectional(items, history.length + 1, config, name="encoder")
+    query = Masked(encoder, name="masked")(inputs["history_items"])
+    return Towers(keras.Model(inputs, query, name="query"), items, pairs=Cloze(encoder, config.masked, config.last))
+
+
+class Bidirectional(keras.layers.Layer):
+    """Items and which are hidden, `[batch, length]` both → `[norm(GELU(W h + b)); 1]`, `[batch, length, dim + 1]`.
+
+    `h = blocks(D(norm(eᵢ + pₖ)))`, each place looking at all; a hidden item has one vector, the mask's, whatever it is.
+    (The norm behind the GELU is of the authors' code.)
+    """
+
+    def __init__(self, items: BiasedItems, length: int, config: Config, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_jit = False
+        self.items = items
+        self.dim = config.dim
+        self.places = Places(length, config.dim, keras.initializers.TruncatedNormal(stddev=0.02))
+        self.blocks = [
+            Transformer(config.heads, config.dim, 4 * config.dim, "gelu", config.dropout) for _ in range(config.blocks)
+        ]
+        self.norms = [keras.layers.LayerNormalization(epsilon=1e-6) for _ in range(2)]
+        self.projection = keras.layers.Dense(config.dim, "gelu")
+        self.dropout = keras.layers.Dropout(config.dropout)
+
+    def build(self, items_shape: Any, hidden_shape: Any = None) -> None:
+        if not self.items.built:
+            self.items(ops.zeros((1,), "int32"))
+        self.mask = self.add_weight((self.dim,), keras.initializers.TruncatedNormal(stddev=self.dim**-0.5), name="mask")
+        self.places.build(items_shape)
+        for layer in (*self.blocks, *self.norms, self.projection):
+            layer.build((None, None, self.dim))
+
+    def call(self, items: Any, hidden: Any, training: bool | None = None) -> Any:
+        present = ops.not_equal(items, PADDING)
+        vectors = ops.where(hidden[..., None], self.mask, self.items(items)[..., : self.dim])
+        vectors = self.dropout(self.norms[0](vectors + self.places(items)), training=training)
+        for block in self.blocks:
+            vectors = block(vectors, present, training=training)
+        states = self.norms[1](self.projection(vectors))
+        return ops.concatenate([states, ops.ones_like(states[..., :1])], axis=-1)
+
+
+class Masked(keras.layers.Layer):
+    """The state of a mask behind the last item: histories `[batch, length]` → `[batch, dim + 1]`."""
+
+    def __init__(self, encoder: Bidirectional, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_jit = False
+        self.encoder = encoder
+
+    def build(self, items_shape: Any) -> None:
+        if not self.encoder.built:
+            self.encoder.build(items_shape)
+
+    def call(self, items: Any, training: bool | None = None) -> Any:
+        sequences, lengths = with_next(items, tf.fill(tf.shape(items)[:1], FIRST))  # which item it is does not matter
+        behind = tf.range(tf.shape(sequences)[1]) == lengths[:, None] - 1
+        return tf.gather(self.encoder(sequences, behind, training=training), lengths - 1, batch_dims=1)
+
+
+class Cloze(keras.layers.Layer):
+    """The states of hidden items and which they are: as `AfterEach`, of the history and the positive as one sequence.
+
+    Each item is hidden with a probability of its own draw; where a sequence would have none, and in a share of the
+    sequences, the last alone is (section 3.6).
+    """
+
+    def __init__(self, encoder: Bidirectional, masked: float, last: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_jit = False
+        self.encoder = encoder
+        self.masked, self.last = masked, last
+        self._seeds = keras.random.SeedGenerator()
+
+    def build(self, inputs_shape: Any, positives_shape: Any) -> None:
+        if not self.encoder.built:
+            self.encoder.build(inputs_shape["history_items"])
+
+    def call(self, inputs: Any, positives: Any, training: bool | None = None) -> tuple[Any, Any]:
+        items, lengths = with_next(inputs["history_items"], positives)
+        drawn = keras.random.uniform(tf.shape(items), seed=self._seeds) < self.masked
+        drawn = tf.logical_and(drawn, items >= FIRST)  # what the unknown is cannot be told
+        alone = keras.random.uniform(tf.shape(lengths), seed=self._seeds) < self.last
+        alone = tf.logical_or(alone, tf.logical_not(tf.reduce_any(drawn, axis=1)))
+        behind = tf.range(tf.shape(items)[1]) == lengths[:, None] - 1
+        hidden = tf.where(alone[:, None], behind, drawn)
+        places = tf.where(hidden)
+        states = self.encoder(items, hidden, training=training)
+        return tf.gather_nd(states, places), tf.gather_nd(items, places)
+
+
+def with_next(items: Any, last: Any) -> tuple[Any, Any]:
+    """Histories with one item more, cut to the longest, and how long they are then: `[batch, …]`, `[batch]`."""
+    items = tf.convert_to_tensor(items)
+    lengths = tf.reduce_sum(tf.cast(items != PADDING, tf.int32), axis=1)
+    return appended(items[:, : tf.reduce_max(lengths)], lengths, last), lengths + 1
