@@ -1,20 +1,11 @@
 """Runs a stage: one switch between a subprocess here, a container, and a cluster.
 
-A *stage* is a KFP pipeline of `components.stages`. Its results lie in one directory, keyed by DAG run and stage:
-
-    OUT/<artifact>        each output artifact
-    OUT/_SUCCESS.json     {"key": hash of the stage's spec and arguments, "outputs": {"parameters", "artifacts"}}
-
-They are written under a temporary name and renamed at the end, so OUT is whole or absent, and a retry with the same
-spec and arguments takes what is there, if its inputs are still those of then. What a try that failed had made lies in
-OUT.failed-1, -2, …: nothing overwrites it.
+What a try that failed had made lies in OUT.failed-1, -2, …: nothing overwrites it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -22,22 +13,27 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from components import stage as stages
+from components.resources import Config, by_component
+from components.stage import StageError
+
 ROOT = Path(__file__).resolve().parents[1]
-SUCCESS = "_SUCCESS.json"
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
 
 
-class StageError(RuntimeError):
-    """A stage that cannot run or that failed; the message is the failing component's own."""
-
-
-def run_stage(stage: str, arguments: dict[str, Any], out: Path, runner: str | None = None) -> dict[str, Any]:
+def run_stage(
+    stage: str,
+    arguments: dict[str, Any],
+    out: Path,
+    runner: str | None = None,
+    resources: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Runs `stage` with `arguments` into `out` and returns its outputs.
 
     Args:
@@ -45,29 +41,55 @@ def run_stage(stage: str, arguments: dict[str, Any], out: Path, runner: str | No
         arguments: the pipeline's parameters; input artifacts are given by URI (a local path).
         out: an absolute directory of this stage's own.
         runner: "subprocess" (default), "docker" or "kubeflow".
+        resources: settings of `components.resources`, by component; a subprocess has those of its machine.
 
     Returns:
         {"parameters": {name: value}, "artifacts": {name: {"uri", "metadata"}}}.
 
     Raises:
-        StageError: unknown runner or stage, or a component failed.
+        StageError: unknown runner or stage, resources that cannot be, or a component failed.
     """
     name = runner or "subprocess"
     if name not in RUNNERS:
         raise StageError(f"PENSTOCK_RUNNER={name} is not known; choose one of {', '.join(sorted(RUNNERS))}")
-    return RUNNERS[name](stage, arguments, out)
+    try:
+        wanted = by_component(resources or {})
+    except ValueError as error:
+        raise StageError(f"resources: {error}") from None
+    return RUNNERS[name](stage, arguments, out, wanted)
 
 
-def _needs_set_up(name: str, what: str) -> Callable[[str, dict[str, Any], Path], dict[str, Any]]:
-    def refuse(stage: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
-        raise StageError(
-            f"stage {stage}: PENSTOCK_RUNNER={name} needs {what}, which is not set up; use PENSTOCK_RUNNER=subprocess"
-        )
-
-    return refuse
+def _run_subprocess(stage: str, arguments: dict[str, Any], out: Path, wanted: dict[str, Config]) -> dict[str, Any]:
+    return _run_child(stage, {"arguments": arguments}, out)
 
 
-def _run_subprocess(stage: str, arguments: dict[str, Any], out: Path) -> dict[str, Any]:
+def _run_docker(stage: str, arguments: dict[str, Any], out: Path, wanted: dict[str, Config]) -> dict[str, Any]:
+    from components import docker
+
+    described = docker.prepare(stage, arguments, out, wanted)
+    try:
+        return _run_child(stage, {"arguments": arguments, "containers": described}, out)
+    except BaseException:
+        # who would have removed them may have been killed
+        with contextlib.closing(docker.engine()) as client:
+            docker.reap(client, out)
+        raise
+
+
+def _run_kubeflow(stage: str, arguments: dict[str, Any], out: Path, wanted: dict[str, Config]) -> dict[str, Any]:
+    from components import kubeflow
+
+    return kubeflow.run(stage, arguments, out, wanted)
+
+
+RUNNERS: dict[str, Callable[[str, dict[str, Any], Path, dict[str, Config]], dict[str, Any]]] = {
+    "subprocess": _run_subprocess,
+    "docker": _run_docker,
+    "kubeflow": _run_kubeflow,
+}
+
+
+def _run_child(stage: str, task: dict[str, Any], out: Path) -> dict[str, Any]:
     # kfp.local patches print and the root log handlers of its process, so it gets one of its own
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     log = _Log()
@@ -85,7 +107,7 @@ def _run_subprocess(stage: str, arguments: dict[str, Any], out: Path) -> dict[st
         assert child.stdout is not None
         try:
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(arguments))
+                child.stdin.write(json.dumps(task))
                 child.stdin.close()
             for line in child.stdout:
                 log.add(line.rstrip("\n"))
@@ -99,14 +121,9 @@ def _run_subprocess(stage: str, arguments: dict[str, Any], out: Path) -> dict[st
     if code != 0:
         left = _keep_failed(out)
         raise StageError(f"stage {stage}: {log.error()}" + (f"; what it made lies in {left}" if left else ""))
-    return json.loads((out / SUCCESS).read_text())["outputs"]
-
-
-RUNNERS: dict[str, Callable[[str, dict[str, Any], Path], dict[str, Any]]] = {
-    "subprocess": _run_subprocess,
-    "docker": _needs_set_up("docker", "the container image"),
-    "kubeflow": _needs_set_up("kubeflow", "a cluster with Kubeflow Pipelines"),
-}
+    outputs = stages.finished(out)
+    assert outputs is not None
+    return outputs
 
 
 class _Log:
@@ -168,65 +185,37 @@ class _Log:
         return f"{place}ended without saying why (killed, or out of memory?){said}"
 
 
-def _pipeline(stage: str) -> Any:
-    module, _, name = stage.rpartition(":")
-    stages = importlib.import_module(module or "components.stages")
-    pipeline = getattr(stages, name, None)
-    if not hasattr(pipeline, "pipeline_func"):
-        known = sorted(key for key, value in vars(stages).items() if hasattr(value, "pipeline_func"))
-        raise StageError(f"no stage {name!r} in {stages.__name__}; there are {', '.join(known)}")
-    return pipeline
-
-
-def _work(out: Path) -> Path:
-    return out.with_name(f".{out.name}.part")
-
-
 def _keep_failed(out: Path) -> Path | None:
     """Puts the artifacts of a try that failed where the next one does not clear them away; None if there are none."""
     left = None
-    if made := list(_work(out).glob("kfp/*/*/*")):
+    if made := list(stages.work(out).glob("kfp/*/*/*")):
         tries = (out.with_name(f"{out.name}.failed-{number}") for number in itertools.count(1))
         left = next(folder for folder in tries if not folder.exists())
         left.mkdir()
         for path in made:
             path.rename(left / path.name)
-    shutil.rmtree(_work(out), ignore_errors=True)
+    shutil.rmtree(stages.work(out), ignore_errors=True)
     return left
 
 
-def _made_by(value: Any) -> str | None:
-    """The key of the stage that made an input, if one did: the same place may hold something new."""
-    if not isinstance(value, str):
-        return None
-    try:
-        return str(json.loads((Path(value).parent / SUCCESS).read_text())["key"])
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _execute(stage: str, arguments: dict[str, Any], out: Path) -> None:
+def _execute(stage: str, out: Path, arguments: dict[str, Any], containers: dict[str, Any] | None = None) -> None:
     """The child's work: the stage under kfp.local, its artifacts gathered in `out`."""
-    from google.protobuf import json_format
     from kfp import dsl, local
 
-    pipeline = _pipeline(stage)
-    unknown = sorted(arguments.keys() - pipeline.component_spec.inputs.keys())
-    if unknown:
-        raise StageError(f"no parameter {', '.join(unknown)}; it takes {', '.join(pipeline.component_spec.inputs)}")
-    spec = json_format.MessageToDict(pipeline.pipeline_spec)
-    inputs = {name: made for name, value in arguments.items() if (made := _made_by(value))}
-    key = hashlib.sha256(json.dumps([spec, arguments, inputs], sort_keys=True).encode()).hexdigest()
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        done = json.loads((out / SUCCESS).read_text())
-        if done["key"] == key:
-            print(f"{out}: finished before, taken as it is")
-            return
+    pipeline = stages.pipeline(stage, arguments)
+    key = stages.key(stages.spec(pipeline), arguments)
+    if stages.finished(out, key):
+        print(f"{out}: finished before, taken as it is")
+        return
 
-    work = _work(out)
+    work = stages.work(out)
     shutil.rmtree(work, ignore_errors=True)
     (work / "outputs").mkdir(parents=True)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(work / "kfp"), workspace_root=str(work / "ws"))
+    if containers is not None:
+        from components import docker
+
+        pipeline = docker.contained(pipeline, containers)
     results = pipeline(**arguments).outputs
     outputs: dict[str, dict[str, Any]] = {"parameters": {}, "artifacts": {}}
     for name, value in results.items():
@@ -235,21 +224,16 @@ def _execute(stage: str, arguments: dict[str, Any], out: Path) -> None:
             continue
         if not Path(value.path).exists():
             raise StageError(f"the component declared {name} but wrote nothing to it")
-        # a page keeps its suffix, or no browser opens it as one
-        file = f"{name}.html" if isinstance(value, dsl.HTML) and Path(value.path).is_file() else name
+        file = stages.file_name(name, value.schema_title, Path(value.path))
         Path(value.path).rename(work / "outputs" / file)
         outputs["artifacts"][name] = {"uri": str(out / file), "metadata": dict(value.metadata)}
-    (work / "outputs" / SUCCESS).write_text(json.dumps({"key": key, "outputs": outputs}, indent=1))
-    # the code or the arguments changed since: the former result gives way to the new one
-    shutil.rmtree(out, ignore_errors=True)
-    (work / "outputs").rename(out)
-    shutil.rmtree(work)
+    stages.keep(out, key, outputs)
 
 
 def main() -> int:
     stage, out = sys.argv[1:]
     try:
-        _execute(stage, json.load(sys.stdin), Path(out))
+        _execute(stage, Path(out), **json.load(sys.stdin))
     except RuntimeError as error:
         if isinstance(error, StageError):
             print(f"Traceback (most recent call last):\n{error}", flush=True)  # the form `_Log` looks for

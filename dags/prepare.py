@@ -6,10 +6,10 @@ import json
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import BaseOperatorLink, Param, dag, get_current_context, task
+from airflow.sdk import BaseOperatorLink, Param, dag, get_current_context
 
 from dags.assets import EXAMPLES
-from dags.stages import home, run, tracking_uri, uri
+from dags.stages import RESOURCES, home, run, stage, tracking_uri, uri
 
 
 def run_name(run_id: str) -> str:
@@ -57,6 +57,7 @@ class DataDocs(BaseOperatorLink):
         ),
         "validation_days": Param(2, type="integer", minimum=1),
         "test_days": Param(2, type="integer", minimum=1),
+        "resources": Param(**RESOURCES),
     },
     doc_md="""
     ### From the log to training examples
@@ -71,7 +72,7 @@ class DataDocs(BaseOperatorLink):
     """,
 )
 def prepare() -> None:
-    @task(doc_md="The log of `params.source`, with the gateway's feedback and mended rows (penstock/events.py).")
+    @stage(doc_md="The log of `params.source`, with the gateway's feedback and mended rows (penstock/events.py).")
     def ingest() -> dict[str, Any]:
         params = get_current_context()["params"]
         return run(
@@ -82,7 +83,7 @@ def prepare() -> None:
             mended=json.dumps([str(path) for path in sorted((home() / "mended").glob("*.parquet"))]),
         )
 
-    @task(doc_md="Great Expectations over the log. Bad rows go to quarantine, or fail the run; see *Data Docs*.")
+    @stage(doc_md="Great Expectations over the log. Bad rows go to quarantine, or fail the run; see *Data Docs*.")
     def validate(ingested: dict[str, Any]) -> dict[str, Any]:
         context = get_current_context()
         params = context["params"]
@@ -96,11 +97,11 @@ def prepare() -> None:
             run_name=run_name(context["dag_run"].run_id),
         )
 
-    @task(doc_md="Feature tables from the validated log, into Feast's offline and online stores.")
+    @stage(doc_md="Feature tables from the validated log, into Feast's offline and online stores.")
     def features(validated: dict[str, Any]) -> dict[str, Any]:
         return run("features", validated_uri=uri(validated, "validated"), home=str(home()))
 
-    @task(outlets=[EXAMPLES], doc_md="Training examples by point-in-time join; ends in the asset `examples`.")
+    @stage(outlets=[EXAMPLES], doc_md="Training examples by point-in-time join; ends in the asset `examples`.")
     def examples(validated: dict[str, Any], features: dict[str, Any]) -> dict[str, Any]:
         context = get_current_context()
         outputs = run(

@@ -15,7 +15,7 @@ from airflow.sdk import Param, PokeReturnValue, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from dags.assets import CANDIDATE, TURNED_DOWN, newest
-from dags.stages import environment, folder, follow_routing, git_revision, home, run, tracking_uri, uri
+from dags.stages import environment, folder, follow_routing, git_revision, home, run, stage, tracking_uri, uri
 
 if TYPE_CHECKING:
     from penstock.experiment import Verdict, Watch
@@ -278,7 +278,7 @@ def release() -> None:
         doc_md="A person decides by the verdict and the report. No answer within a day is a rejection.",
     )
 
-    @task(doc_md="The numbered, immutable directory of the release, and its version in MLflow's registry.")
+    @stage(doc_md="The numbered, immutable directory of the release, and its version in MLflow's registry.")
     def build(found: dict[str, Any]) -> int:
         from components import tracking
         from penstock import release as releases
@@ -371,7 +371,7 @@ def release() -> None:
         print(verdict.sentence)
         return True
 
-    @task(
+    @stage(
         trigger_rule="none_failed_min_one_success",
         doc_md="Holds served feature vectors against offline ones; a release that is served others is not promoted.",
     )

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
+from contextvars import ContextVar
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from airflow.providers.standard.operators.python import PythonOperator
 from airflow.sdk import get_current_context
+from airflow.sdk.bases.decorator import DecoratedOperator, task_decorator_factory
+from airflow.sdk.exceptions import TaskDeferred
 
 
 def home() -> Path:
@@ -27,8 +33,56 @@ def folder(name: str) -> Path:
     return home() / "runs" / dag_run.dag_id / re.sub(r"[^\w.-]", "_", dag_run.run_id) / name
 
 
+RESOURCES: dict[str, Any] = {
+    "default": {},
+    "type": "object",
+    "description": "processors, memory and GPUs by component: Config of components/resources.py",
+}
+"""The param of a DAG that runs stages."""
+_RESUMED: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("resumed", default=None)
+"""What the runs left on whose end the current task was resumed, by their directories."""
+
+
+class _StageOperator(DecoratedOperator, PythonOperator):
+    """A Python task that waits for a stage on a cluster without a worker.
+
+    When the run has ended the function is called again: `run` then returns what the run left, instead of waiting.
+    """
+
+    template_fields = ("templates_dict", "op_args", "op_kwargs")
+    template_fields_renderers: ClassVar[dict[str, str]] = {
+        "templates_dict": "json",
+        "op_args": "py",
+        "op_kwargs": "py",
+    }
+    custom_operator_name = "@stage"
+
+    def __init__(self, *, python_callable: Any, op_args: Any, op_kwargs: Any, **kwargs: Any) -> None:
+        given = {"python_callable": python_callable, "op_args": op_args, "op_kwargs": op_kwargs}
+        super().__init__(kwargs_to_upstream=given, **given, **kwargs)
+
+    def resume(self, context: Any, event: dict[str, Any]) -> Any:
+        """Goes on after the event of `dags.following`."""
+        from components import kubeflow
+
+        if event["error"]:
+            raise kubeflow.StageError(event["error"])
+        submitted = kubeflow.Submitted(**event["submitted"])
+        left = kubeflow.result(submitted, kubeflow.Run(**event["run"]))
+        token = _RESUMED.set({submitted.out: left})
+        try:
+            return self.execute(context)
+        finally:
+            _RESUMED.reset(token)
+
+
+def stage(**settings: Any) -> Any:
+    """The decorator of a task that calls `run`; `settings` are those of `task`."""
+    return task_decorator_factory(decorated_operator_class=_StageOperator, **settings)
+
+
 def run(stage: str, *, key: str = "", resumes: bool = False, **arguments: Any) -> dict[str, Any]:
-    """Runs `stage` for the current task.
+    """Runs `stage` for the current task, with the resources that the DAG's params name.
 
     Args:
         key: tells apart the instances of a mapped task.
@@ -43,9 +97,31 @@ def run(stage: str, *, key: str = "", resumes: bool = False, **arguments: Any) -
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     if resumes:
         arguments["checkpoint"] = str(checkpoint)
-    outputs = run_stage(stage, arguments, out, os.environ.get("PENSTOCK_RUNNER"))
+    runner = os.environ.get("PENSTOCK_RUNNER")
+    resources = get_current_context()["params"].get("resources") or {}
+    if runner == "kubeflow":
+        outputs = _wait(stage, arguments, out, resources)
+    else:
+        outputs = run_stage(stage, arguments, out, runner, resources)
     shutil.rmtree(checkpoint, ignore_errors=True)
     return outputs
+
+
+def _wait(stage: str, arguments: dict[str, Any], out: Path, resources: dict[str, Any]) -> dict[str, Any]:
+    """The outputs of a stage on a cluster; gives the worker back until there are some."""
+    from components import kubeflow
+    from components.resources import by_component
+    from dags.following import RunTrigger
+
+    if found := (_RESUMED.get() or {}).get(str(out)):
+        return found
+    begun = kubeflow.submit(stage, arguments, out, by_component(resources))
+    if not isinstance(begun, kubeflow.Submitted):
+        return begun
+    print(f"stage {stage}: {begun.url}", flush=True)
+    limit = get_current_context()["ti"].task.execution_timeout
+    ends_at = time.time() + limit.total_seconds() if limit else None
+    raise TaskDeferred(trigger=RunTrigger(submitted=asdict(begun), ends_at=ends_at), method_name="resume")
 
 
 def uri(outputs: dict[str, Any], name: str) -> str:

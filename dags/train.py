@@ -11,7 +11,7 @@ from airflow.sdk import Param, dag, get_current_context, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from dags.assets import CANDIDATE, EXAMPLES, TURNED_DOWN, newest
-from dags.stages import champion, folder, run, tracking_uri, uri
+from dags.stages import RESOURCES, champion, folder, run, stage, tracking_uri, uri
 
 
 def check_models(kind: str, names: list[str], overrides: dict[str, Any]) -> None:
@@ -52,6 +52,16 @@ def check_search(overrides: dict[str, Any]) -> None:
         raise AirflowFailException(f"weights_search: {error}") from None
 
 
+def check_resources(overrides: dict[str, Any]) -> None:
+    """Fails on resources that no component or no machine knows, before any work is done."""
+    from components.resources import by_component
+
+    try:
+        by_component(overrides)
+    except ValueError as error:
+        raise AirflowFailException(f"resources: {error}") from None
+
+
 def with_config(names: list[str], overrides: dict[str, Any]) -> list[dict[str, str]]:
     """The arguments that tell the mapped tasks apart."""
     return [{"model": name, "config": json.dumps(dict(overrides))} for name in names]
@@ -82,6 +92,7 @@ def best(candidates: list[dict[str, Any]], artifact: str, measures: list[str]) -
         "weights_search": Param({}, type="object", description="settings of the search of the weights, by name"),
         "gate_policy": Param({}, type="object", description="thresholds of the gate, by name, that differ"),
         "seed": Param(1, type="integer"),
+        "resources": Param(**RESOURCES),
     },
     doc_md="""
     ### From examples to a candidate
@@ -104,6 +115,7 @@ def train() -> None:
         check_models("rank", params["rank_models"], dict(params["rank_config"]))
         check_search(dict(params["weights_search"]))
         check_policy(dict(params["gate_policy"]))
+        check_resources(dict(params["resources"]))
         found = newest(EXAMPLES, context, "there are no examples yet: trigger the DAG `prepare` first")
         if not Path(found["uri"]).is_dir():
             raise AirflowFailException(f"{found['uri']} is gone: trigger the DAG `prepare` again")
@@ -122,7 +134,7 @@ def train() -> None:
 
         return models
 
-    @task(
+    @stage(
         map_index_template="{{ task.op_kwargs['model']['model'] }}",
         doc_md="Trains one recall model and exports it with its item index.",
     )
@@ -130,7 +142,7 @@ def train() -> None:
         seed = get_current_context()["params"]["seed"]
         return run("recall", key=model["model"], resumes=True, examples_uri=plan["examples"], seed=seed, **model)
 
-    @task(
+    @stage(
         map_index_template="{{ task.op_kwargs['model']['model'] }}",
         doc_md="Trains one rank model and predicts the validation and test slices.",
     )
@@ -149,7 +161,7 @@ def train() -> None:
             "rank": uri(best(list(ranks), "rank", heads), "rank"),
         }
 
-    @task(doc_md="Searches the weights of the heads in the fused score, on the validation slice.")
+    @stage(doc_md="Searches the weights of the heads in the fused score, on the validation slice.")
     def weights(chosen: dict[str, str]) -> dict[str, str]:
         search = json.dumps(get_current_context()["params"]["weights_search"])
         outputs = run("weights", rank_uri=chosen["rank"], search=search, champion=champion())
@@ -164,7 +176,7 @@ def train() -> None:
         rehearsal.rehearse(examples, recall, rank, out)
         return str(out)
 
-    @task(doc_md="Holds the candidate against the champion on the test slice. No verdict is a rejection.")
+    @stage(doc_md="Holds the candidate against the champion on the test slice. No verdict is a rejection.")
     def gate(chosen: dict[str, str], rehearsal: str) -> dict[str, Any]:
         outputs = run(
             "gate",
@@ -178,7 +190,7 @@ def train() -> None:
         )
         return chosen | {"rehearsal": rehearsal, "verdict": uri(outputs, "verdict")} | outputs["parameters"]
 
-    @task(doc_md="The HTML file a person approves by, and the MLflow run.")
+    @stage(doc_md="The HTML file a person approves by, and the MLflow run.")
     def report(judged: dict[str, Any]) -> dict[str, Any]:
         run_id = get_current_context()["dag_run"].run_id
         outputs = run(

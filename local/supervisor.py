@@ -92,6 +92,9 @@ class Supervisor:
         # the scheduler would offer the tasks' logs on a port of its own; here they are read as files
         self._spawn("airflow-scheduler", "airflow", "scheduler", "--skip-serve-logs")
         self._spawn("airflow-dag-processor", "airflow", "dag-processor")
+        if os.environ.get("PENSTOCK_RUNNER") == "kubeflow":
+            # tasks that wait for a cluster wait there
+            self._spawn("airflow-triggerer", "airflow", "triggerer", "--skip-serve-logs")
         self._spawn("gateway", "serving.gateway")
         port = str(place.ports["features"])
         self._spawn("features", "feature_repo.serve", "--home", str(self._home), "--host", HOST, "--port", port)
