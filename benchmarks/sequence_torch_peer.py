@@ -63,8 +63,7 @@ def sampled(model: SASRec, states: torch.Tensor, following: torch.Tensor) -> tor
     positive = (states * model.items(following)).sum(dim=1)
     negative = states @ model.items(negatives).T
     negative = negative.masked_fill(negatives[None, :] == following[:, None], -1e9)
-    # a draw stands for as many items as there are to each
-    negative = negative + torch.log(torch.tensor((model.items.num_embeddings - FIRST) / SAMPLE))
+    # all were drawn alike: there is nothing to correct
     logits = torch.cat([positive[:, None], negative], dim=1)
     return functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 

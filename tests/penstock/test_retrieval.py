@@ -58,6 +58,34 @@ def test_dropout_trains_another_model():
     assert losses[0] != losses[1]
 
 
+class _Twice(keras.layers.Layer):
+    """Of each row two pairs: its positive, and the item after it."""
+
+    def call(self, inputs, positives, training=None):
+        queries = keras.ops.concatenate([inputs["x"], -inputs["x"]])
+        return queries, keras.ops.concatenate([positives, positives + 1])
+
+
+def test_a_model_that_learns_pairs_is_trained_by_them_and_asked_by_its_query():
+    inputs = {"x": keras.Input((3,), name="x")}
+    tower = keras.Model(inputs, 2.0 * inputs["x"])
+    seen = []
+
+    class Objective(objectives.Objective):
+        def loss(self, queries, positives, item_tower, rows=None):
+            seen.append((np.asarray(queries), np.asarray(positives), rows))
+            return keras.ops.mean(queries)
+
+    model = Retrieval(Towers(tower, BiasedItems(8, 2), pairs=_Twice()), Objective())
+    batch = {"x": np.ones((2, 3), np.float32)}
+    targets = {"item": np.array([2, 4], np.int32), "row": np.array([0, 1], np.int32)}
+    model.compute_loss(batch, targets, model(batch, training=True))
+    ((queries, positives, rows),) = seen
+    np.testing.assert_array_equal(queries, [[1] * 3, [1] * 3, [-1] * 3, [-1] * 3])
+    assert (positives.tolist(), rows) == ([2, 4, 3, 5], None)
+    np.testing.assert_array_equal(model(batch), 2 * np.ones((2, 3)))
+
+
 def test_a_query_that_ends_in_one_gets_the_bias():
     items = BiasedItems(6, 3)
     vectors = np.asarray(items(np.arange(6)))
