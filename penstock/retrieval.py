@@ -38,6 +38,7 @@ class RecallConfig:
             stands before it as the history. 0: none.
         examples_per_user: at most so many examples of a user, drawn by the seed, so that those who do much do not
             decide for all (Covington et al. 2016, section 3.4). 0: all.
+        last_rate: the share of the learning rate that is left in the last step, towards which it falls linearly.
     """
 
     dim: int = 32
@@ -56,6 +57,7 @@ class RecallConfig:
     examples_per_user: int = 0
     optimizer: str = "adam"
     learning_rate: float = 0.003
+    last_rate: float = 1.0
     batch_size: int = 512
     epochs: int = 12
     patience: int = 2

@@ -32,6 +32,9 @@ RECALL_LABEL = "long_view"
 VALIDATION_ROWS = 5000
 """So many rows of the validation slice say after each epoch how good a recall model is, against all items."""
 
+DEAD_UNITS = 0.4
+"""More dead units of a user's vector than this are worth a warning."""
+
 SCORED = 4096
 """So many rows are scored at once."""
 
@@ -65,7 +68,7 @@ def train_recall(
     check(inputs, {})
     targets = {"item": _items(rows, schema), "row": np.arange(rows.height, dtype=np.int32)}
     train = Rows(inputs, targets, config.batch_size)
-    model.compile(optimizers.build(config.optimizer, config.learning_rate))
+    model.compile(optimizers.build(config.optimizer, _falling(config, train)))
     history = fit(
         model,
         train,
@@ -118,10 +121,7 @@ def train_rank(
         Rows(inputs["train"], targets["train"], config.batch_size),
         Rows(inputs["validation"], (), SCORED),
     )
-    rate = keras.optimizers.schedules.PolynomialDecay(
-        config.learning_rate, train.steps * config.epochs, config.learning_rate * config.last_rate
-    )
-    model.compile(optimizers.build("adam", rate))
+    model.compile(optimizers.build("adam", _falling(config, train)))
     history = fit(
         model,
         train,
@@ -168,6 +168,13 @@ def _build_rank(module: ModuleType, config: RankConfig, schema: Schema, seconds:
     model = Ranking(module.build(config, schema), config, seconds, schema.size("device"))
     model.build()
     return model
+
+
+def _falling(config: RecallConfig | RankConfig, train: Rows) -> keras.optimizers.schedules.LearningRateSchedule:
+    """From the learning rate to its last share, linear in the steps of all epochs."""
+    return keras.optimizers.schedules.PolynomialDecay(
+        config.learning_rate, train.steps * config.epochs, config.learning_rate * config.last_rate
+    )
 
 
 def item_tables(model: keras.Model) -> list[Embedding]:
@@ -327,7 +334,10 @@ def _query_inputs(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> dict[
 
 
 def _ranking(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> Measure:
-    """How high each positive stands among all known items: the mean of 1 / log₂(1 + rank), ties to its disadvantage."""
+    """How high each positive stands among all known items: the mean of 1 / log₂(1 + rank), ties to its disadvantage.
+
+    Beside it the share of the users' units that are dead, of which many are a sign of too high a learning rate.
+    """
     rows = rows.gather_every(max(rows.height // VALIDATION_ROWS, 1))
     served, wanted = _as_served(model, rows, schema), _items(rows, schema) - FIRST
     indices = np.arange(FIRST, schema.size("item_id"))
@@ -339,9 +349,17 @@ def _ranking(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> Measure:
             scores = queries[start : start + 256] @ vectors.T
             own = np.take_along_axis(scores, wanted[start : start + 256, None], axis=1)
             gains.append(1.0 / np.log2(1.0 + (scores >= own).sum(axis=1)))
-        return {"val_ndcg": float(np.concatenate(gains).mean())}
+        dead = dead_units(queries)
+        if dead > DEAD_UNITS:
+            print(f"warning: {dead:.0%} of the units of a user's vector are 0 for everybody", flush=True)
+        return {"val_ndcg": float(np.concatenate(gains).mean()), "dead_units": dead}
 
     return Measure("val_ndcg", figures, 1)
+
+
+def dead_units(vectors: np.ndarray) -> float:
+    """The share of the columns that are 0 in every row, of `[rows, dim]`."""
+    return float(np.mean(~vectors.any(axis=0)))
 
 
 def _items(rows: pl.DataFrame, schema: Schema) -> np.ndarray:
