@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from penstock.examples import UNKNOWN, Feature, Schema
@@ -71,6 +72,16 @@ def _mean_of_rows(table: Any, indices: Any) -> Any:
     # of tf.unique, a gather and a segment mean TensorFlow's optimiser makes one that reads the whole table
     rows, place, _ = tf.unique_with_counts(tf.gather_nd(indices, lists))
     return tf.sparse.segment_mean(tf.gather(table, rows), place, lists[:, 0], num_segments=tf.shape(indices)[0])
+
+
+class Given(keras.initializers.Initializer):
+    """The values of a table, which as a weight of a layer is a variable and not a part of its graph."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        return ops.convert_to_tensor(self._values, dtype)
 
 
 @keras.saving.register_keras_serializable("penstock")

@@ -12,7 +12,7 @@ from keras import ops
 from penstock.catalogue import Catalogue
 from penstock.examples import Schema
 from penstock.layers.attention_merge import AttentionMerge
-from penstock.layers.embedding import Embedding, embed, inputs_of
+from penstock.layers.embedding import Embedding, Given, embed, inputs_of
 from penstock.retrieval import EXAMPLE_AGE, RecallConfig, Towers
 
 
@@ -45,10 +45,14 @@ class DomainHistory(keras.layers.Layer):
 
     def __init__(self, values: np.ndarray, **kwargs: Any) -> None:
         super().__init__(dtype="int32", **kwargs)
-        self._values = values.reshape(len(values), -1)
+        self._values = np.asarray(values, np.int32).reshape(len(values), -1)
+
+    def build(self, history_shape: Any) -> None:
+        values = self._values
+        self._table = self.add_weight(values.shape, Given(values), dtype="int32", trainable=False, name="table")
 
     def call(self, history: Any) -> Any:
-        found = ops.take(ops.convert_to_tensor(self._values), history, axis=0)
+        found = ops.take(self._table, history, axis=0)
         return ops.reshape(found, (-1, found.shape[1] * found.shape[2]))
 
 

@@ -14,7 +14,7 @@ from penstock import sessions
 from penstock.catalogue import Catalogue
 from penstock.examples import CONTEXT, PADDING, Schema
 from penstock.layers.attention import MultiHeadAttention, attend, dot_product
-from penstock.layers.embedding import Embedding, embed, inputs_of, sizes_of
+from penstock.layers.embedding import Embedding, Given, embed, inputs_of, sizes_of
 from penstock.layers.latent_cross import LatentCross
 from penstock.retrieval import BiasedItems, RecallConfig, Towers
 
@@ -120,7 +120,7 @@ class ItemAttributes(keras.layers.Layer):
     def build(self, items_shape: Any) -> None:
         self._tables = {
             name: self.add_weight(
-                table.shape, _Given(table), dtype="int32", trainable=False, autocast=False, name=f"table_{name}"
+                table.shape, Given(table), dtype="int32", trainable=False, autocast=False, name=f"table_{name}"
             )
             for name, table in self._known.items()
         }
@@ -137,16 +137,6 @@ class ItemAttributes(keras.layers.Layer):
             means = self._embeddings[name](ops.reshape(indices, (-1, table.shape[1])), mean=True)
             found[name] = ops.reshape(means, (*ops.shape(items), self.width))
         return found
-
-
-class _Given(keras.initializers.Initializer):
-    """The values of a table."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self._values = values
-
-    def __call__(self, shape: Any, dtype: Any = None) -> Any:
-        return ops.convert_to_tensor(self._values, dtype)
 
 
 class ShortTerm(keras.layers.Layer):
