@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -115,8 +116,25 @@ def _recommends(saved_model: Path) -> tf.types.experimental.ConcreteFunction:
 
 def retrieve(signature: tf.types.experimental.ConcreteFunction, queries: pl.DataFrame, k: int) -> np.ndarray:
     """The `k` ids a recall signature answers for each row, the row's history left out: int64 `[rows, k]`."""
+    return np.concatenate([np.empty((0, k), np.int64), *(found["ids"] for found in _answers(signature, queries, k))])
+
+
+def query_vectors(saved_model: Path, queries: pl.DataFrame) -> np.ndarray:
+    """The vector of each row's user by a recall SavedModel, float32 `[rows, dim]`.
+
+    Raises:
+        ValueError: no rows, or a model of before it told them.
+    """
+    parts = list(_answers(_recommends(saved_model), queries, 1))
+    if not parts or "query" not in parts[0]:
+        raise ValueError(f"{saved_model} tells no vectors of these {queries.height} users; train it again")
+    return np.concatenate([found["query"] for found in parts])
+
+
+def _answers(
+    signature: tf.types.experimental.ConcreteFunction, queries: pl.DataFrame, k: int
+) -> Iterator[dict[str, np.ndarray]]:
     inputs = signature.structured_input_signature[1]
-    answers = [np.empty((0, k), np.int64)]
     for start in range(0, queries.height, 512):
         part = queries.slice(start, 512)
         fed = {
@@ -125,8 +143,8 @@ def retrieve(signature: tf.types.experimental.ConcreteFunction, queries: pl.Data
             if name not in ("k", "exclude")
         }
         exclude = tf.constant(feed(part, "history_items", np.dtype(np.int64), 2))
-        answers.append(signature(**fed, k=tf.constant(k), exclude=exclude)["ids"].numpy())
-    return np.concatenate(answers)
+        found = signature(**fed, k=tf.constant(k), exclude=exclude)
+        yield {name: value.numpy() for name, value in found.items()}
 
 
 def predict(examples: Path, saved_model: Path, part: str) -> pl.DataFrame:

@@ -102,8 +102,9 @@ class _Recall(tf.Module):
         inputs = self._encoder(raw)
         if self._by_age:
             inputs[EXAMPLE_AGE] = tf.zeros_like(next(iter(inputs.values())), tf.float32)
-        ids, scores = self._index.search(self._query(inputs), raw["k"], raw["exclude"])
-        return {"ids": ids, "scores": scores}
+        query = self._query(inputs)
+        ids, scores = self._index.search(query, raw["k"], raw["exclude"])
+        return {"ids": ids, "scores": scores, "query": query}
 
 
 class _Rank(tf.Module):
@@ -152,6 +153,8 @@ def export_recall(
     model: Retrieval, schema: Schema, catalogue: Catalogue, out: Path, queries: np.ndarray | None = None
 ) -> dict[str, float]:
     """Writes `saved_model/` with the signature `recommend`, and `items.parquet` with the ids and vectors.
+
+    The signature answers with the best items, `ids` and `scores`, and the user's vector, `query`.
 
     The items are those seen in training; of a model that knows items by their content, the whole catalogue.
 

@@ -1,0 +1,311 @@
+"""Training of the look-alike model of `penstock.look_alike`: users, and the items by those who liked them.
+
+A pair (user, item) is an example whose item is all its other seeds: the user is taken out of the mean that he is in,
+`(n c − u) / (n − 1)`, and a group that was only he is gone. Without that a model finds the user among the seeds, says
+so, and learns nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import polars as pl
+import tensorflow as tf
+from keras import ops
+
+from penstock import metrics, optimizers
+from penstock.evaluation import query_vectors
+from penstock.examples import read_slice
+from penstock.fitting import Measure, Rows, Settings, TrainingError, fit
+from penstock.layers.attention import MultiplicativeScores, attend
+from penstock.layers.attention_merge import AttentionMerge
+from penstock.look_alike import CENTROIDS, Scorer, cluster
+from penstock.seeds import LIKED
+
+
+@dataclass(frozen=True)
+class Config:
+    """Parameters of the model and of its fit.
+
+    Attributes:
+        centroids: k, what the seeds of an item are reduced to.
+        dim: h, the size of `e`.
+        attention: units of the self-attention over the seeds.
+        alpha, beta: weights of the global and the local embedding; of 0 the part is left out.
+        learn_weights: they are learned from there.
+        negatives: items that the user did not like, for each that he did.
+        positives_per_user: so many of the items of a user at most are examples.
+    """
+
+    centroids: int = CENTROIDS
+    dim: int = 32
+    attention: int = 32
+    alpha: float = 0.3
+    beta: float = 0.7
+    learn_weights: bool = False
+    negatives: int = 10
+    positives_per_user: int = 50
+    learning_rate: float = 0.003
+    batch_size: int = 256
+    epochs: int = 8
+    patience: int = 2
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.epochs, self.batch_size, self.learning_rate, self.patience)
+
+
+class Liked(NamedTuple):
+    """Who liked what, both int32 `[pairs]`; a pair is there once."""
+
+    users: np.ndarray
+    items: np.ndarray
+
+    @staticmethod
+    def of(users: np.ndarray, items: np.ndarray) -> Liked:
+        """Without what is there twice."""
+        pairs = np.unique(np.stack([users, items], axis=1).astype(np.int32), axis=0)
+        return Liked(pairs[:, 0], pairs[:, 1])
+
+
+class Groups(NamedTuple):
+    """The seeds of all items in groups.
+
+    Attributes:
+        sums: of the vectors of a group's seeds, float32 `[items, k, dim]`.
+        counts: float32 `[items, k]`.
+        places: the group of each pair of the `Liked` they were made of, int32 `[pairs]`.
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+    places: np.ndarray
+
+    @staticmethod
+    def of(vectors: np.ndarray, liked: Liked, items: int, k: int, seed: int = 0) -> Groups:
+        """Those of the items 0 … `items` − 1; one that nobody likes has none."""
+        sums = np.zeros((items, k, vectors.shape[1]), np.float32)
+        counts = np.zeros((items, k), np.float32)
+        places = np.zeros(len(liked.users), np.int32)
+        order = np.argsort(liked.items, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(liked.items[order])) + 1):
+            if not len(rows):
+                continue
+            item = liked.items[rows[0]]
+            found = cluster(vectors[liked.users[rows]], k, seed)
+            places[rows] = found.places
+            counts[item, : len(found.counts)] = found.counts
+            sums[item, : len(found.counts)] = found.centroids * found.counts[:, None]
+        return Groups(sums, counts, places)
+
+
+class LookAlike(keras.layers.Layer):
+    """The model: users `[batch, dim]` and centroids `[batch, items, k, dim]` with which of them there are → scores.
+
+    `[batch, items]`, by the equations of `penstock.look_alike`.
+    """
+
+    def __init__(self, config: Config, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.transform = keras.layers.Dense(config.dim)
+        self.merge = AttentionMerge(config.attention)
+        self.local = MultiplicativeScores()
+        self._config = config
+
+    def build(self, users_shape: Any, centroids_shape: Any, present_shape: Any = None) -> None:
+        h = self._config.dim
+        self.transform.build((None, users_shape[-1]))
+        self.merge.build((None, None, h))
+        self.local.build((None, None, h), (None, None, h))
+        start = keras.initializers.Constant
+        learnt = self._config.learn_weights
+        self.alpha = self.add_weight((), start(self._config.alpha), trainable=learnt, name="alpha")
+        self.beta = self.add_weight((), start(self._config.beta), trainable=learnt, name="beta")
+
+    def call(self, users: Any, centroids: Any, present: Any) -> Any:
+        users, seeds = self.transform(users)[:, None], self.transform(centroids)
+        likeness = ops.tanh(self.local(users[:, None], seeds))
+        local = attend(likeness, seeds, present)[..., 0, :]
+        return self.alpha * _cosine(self.merge(seeds, present), users) + self.beta * _cosine(local, users)
+
+    def scorer(self) -> Scorer:
+        """What scores with these weights."""
+        weights = (
+            self.transform.kernel,
+            self.transform.bias,
+            self.merge.hidden.kernel,
+            self.merge.scores.kernel[:, 0],
+            self.local.kernel,
+            self.alpha,
+            self.beta,
+        )
+        return Scorer(*(np.asarray(weight, np.float32) for weight in weights))
+
+
+def _cosine(first: Any, second: Any) -> Any:
+    return ops.sum(_unit(first) * _unit(second), axis=-1)
+
+
+def _unit(vectors: Any) -> Any:
+    return vectors * ops.rsqrt(ops.maximum(ops.sum(ops.square(vectors), axis=-1, keepdims=True), 1e-12))
+
+
+class PairTrainer(keras.Model):
+    """The model on pairs: `user` `[batch]`, `items` `[batch, 1 + negatives]`, the first of which he likes, and `place`.
+
+    `place` `[batch]` is the group of that item that he is in, −1 for none. The loss is the log loss of
+    `σ(γ score + δ)`, γ and δ learned, over the items that the target `[batch, 1 + negatives]` is 1 of.
+    """
+
+    def __init__(self, vectors: np.ndarray, groups: Groups, config: Config) -> None:
+        super().__init__()
+        self._vectors = tf.constant(vectors, tf.float32)
+        self._sums, self._counts = tf.constant(groups.sums), tf.constant(groups.counts)
+        self.look_alike = LookAlike(config)
+        self.look_alike.build((None, vectors.shape[1]), None)
+        # a cosine's sigmoid reaches from .27 to .73 only
+        self.scale = self.add_weight((), keras.initializers.Constant(5.0), name="scale")
+        rare = -float(np.log(max(config.negatives, 1)))
+        self.shift = self.add_weight((), keras.initializers.Constant(rare), name="shift")
+        self.built = True
+
+    def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
+        users = tf.gather(self._vectors, inputs["user"])
+        sums, counts = tf.gather(self._sums, inputs["items"]), tf.gather(self._counts, inputs["items"])
+        own = tf.one_hot(inputs["place"], tf.shape(counts)[2])
+        first = tf.one_hot(0, tf.shape(counts)[1])
+        taken = first[None, :, None] * own[:, None, :]
+        counts = counts - taken
+        sums = sums - taken[..., None] * users[:, None, None, :]
+        centroids = sums / tf.maximum(counts, 1.0)[..., None]
+        return self.look_alike(users, centroids, counts > 0.5)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        labels = tf.one_hot(tf.zeros(tf.shape(y_pred)[:1], tf.int32), tf.shape(y_pred)[1])
+        losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, self.scale * y_pred + self.shift)
+        return tf.reduce_sum(losses * y) / tf.reduce_sum(y)
+
+
+def pairs(
+    liked: Liked, known: Liked, places: np.ndarray | None, candidates: np.ndarray, config: Config, seed: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Examples: each pair of `liked`, with items that the user does not like drawn uniformly from `candidates`.
+
+    Args:
+        known: all that anybody is known to like, from which no negative is drawn.
+        places: of the pairs of `liked`; none of a user who is no seed.
+        candidates: items that have seeds.
+
+    Returns:
+        The inputs of a row each and the targets: 0 of a draw that the user does like, many times over.
+    """
+    random = np.random.default_rng(seed)
+    chosen = random.permutation(len(liked.users))
+    order = chosen[np.argsort(liked.users[chosen], kind="stable")]
+    users = liked.users[order]
+    rank = np.arange(len(users)) - np.searchsorted(users, users)
+    order = np.sort(order[rank < config.positives_per_user])
+    users, items = liked.users[order], liked.items[order]
+    width = int(max(known.items.max(initial=0), candidates.max(initial=0))) + 1
+    taken = np.sort(known.users.astype(np.int64) * width + known.items)
+
+    def is_liked(drawn: np.ndarray) -> np.ndarray:
+        keys = users[:, None].astype(np.int64) * width + drawn
+        return taken[np.minimum(np.searchsorted(taken, keys), len(taken) - 1)] == keys
+
+    drawn = random.choice(candidates, (len(users), config.negatives))
+    for _ in range(5):
+        drawn = np.where(is_liked(drawn), random.choice(candidates, drawn.shape), drawn)
+    inputs = {
+        "user": users.astype(np.int32),
+        "items": np.concatenate([items[:, None], drawn], axis=1).astype(np.int32),
+        "place": np.full(len(users), -1, np.int32) if places is None else places[order].astype(np.int32),
+    }
+    return inputs, np.concatenate([np.ones((len(users), 1), bool), ~is_liked(drawn)], axis=1).astype(np.float32)
+
+
+def train(
+    vectors: np.ndarray, seeds: Liked, later: Liked, config: Config, seed: int = 0
+) -> tuple[Scorer, list[dict[str, float]]]:
+    """Fits the model, and keeps the epoch that tells best what users like later.
+
+    Args:
+        vectors: of the users, float32 `[users, dim]`.
+        seeds: who liked what, which is both the examples and the items' seeds.
+        later: what users who are no seeds of it like afterwards.
+
+    Returns:
+        The model, and a row of figures an epoch: `loss`, and `val_auc` of the later pairs against as many items as
+        in training.
+
+    Raises:
+        TrainingError: no item has two seeds, or none of them is liked later.
+    """
+    count = int(max(seeds.items.max(initial=-1), later.items.max(initial=-1))) + 1
+    of_item = np.bincount(seeds.items, minlength=count)
+    candidates = np.flatnonzero(of_item >= 2)
+    both = Liked.of(np.concatenate([seeds.users, later.users]), np.concatenate([seeds.items, later.items]))
+    known = set(zip(seeds.users.tolist(), seeds.items.tolist(), strict=True))
+    new = np.array([pair not in known for pair in zip(later.users.tolist(), later.items.tolist(), strict=True)], bool)
+    later = Liked(*(part[new & (of_item[later.items] >= 2)] if len(part) else part for part in later))
+    if not len(candidates) or not len(later.users):
+        raise TrainingError("look-alike learns from items that two or more users like, and others like later")
+    keras.utils.set_random_seed(seed)
+    groups = Groups.of(vectors, seeds, count, config.centroids, seed)
+    several = of_item[seeds.items] >= 2
+    examples = Liked(seeds.users[several], seeds.items[several])
+    inputs, targets = pairs(examples, both, groups.places[several], candidates, config, seed)
+    model = PairTrainer(vectors, groups, config)
+    rows = Rows(inputs, targets, config.batch_size)
+    rate = keras.optimizers.schedules.PolynomialDecay(
+        config.learning_rate, rows.steps * config.epochs, 0.1 * config.learning_rate
+    )
+    model.compile(optimizers.build("adam", rate))
+    asked, valid = pairs(later, both, None, candidates, dataclasses.replace(config, positives_per_user=2**31), seed)
+    held = Rows(asked, (), 1024)
+
+    def figures() -> dict[str, float]:
+        scores = np.concatenate([np.asarray(model(batch)) for batch, _ in held.batches()])
+        labels = np.zeros(scores.shape)
+        labels[:, 0] = 1
+        return {"val_auc": metrics.auc(labels[valid > 0], scores[valid > 0])}
+
+    history = fit(model, rows, Measure("val_auc", figures, 1), config.settings, seed, None)
+    return model.look_alike.scorer(), history
+
+
+def train_look_alike(examples: Path, saved_model: Path, config: Config, seed: int, tower: str, out: Path) -> None:
+    """Trains on the long views of an examples directory, users as an exported recall model's query tower has them.
+
+    A user is as in his last row of the training slice, or his first of the validation slice if he is new there. Writes
+    `model.npz` and `history.json`.
+
+    Raises:
+        ValueError: the exported model does not tell users' vectors.
+        TrainingError: data that cannot be learnt from.
+    """
+    slices = {part: read_slice(examples, part) for part in ("train", "validation")}
+    last = slices["train"].unique("user_id", keep="last", maintain_order=True)
+    first = slices["validation"].unique("user_id", keep="first", maintain_order=True)
+    asked = pl.concat([last, first]).unique("user_id", keep="first", maintain_order=True)
+    vectors = query_vectors(saved_model, asked)
+    place = {user: row for row, user in enumerate(asked["user_id"].to_list())}
+    ids: dict[int, int] = {}
+
+    def liked(part: str) -> Liked:
+        rows = slices[part].filter(pl.col(LIKED) == 1)
+        users = [place[user] for user in rows["user_id"].to_list()]
+        return Liked.of(np.array(users, int), np.array([ids.setdefault(i, len(ids)) for i in rows["item_id"]], int))
+
+    scorer, history = train(vectors, liked("train"), liked("validation"), config, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    scorer.save(out / "model.npz", tower)
+    (out / "history.json").write_text(json.dumps(history, indent=1))
