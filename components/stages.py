@@ -17,6 +17,7 @@ from components.predict_rank import predict_rank
 from components.replay import replay as replay_component
 from components.report import report as report_component
 from components.search_weights import search_weights
+from components.train_look_alike import train_look_alike
 from components.train_rank import train_rank
 from components.train_recall import train_recall
 from components.validate import validate as validate_component
@@ -238,3 +239,19 @@ def replay(
         tracking_uri=tracking_uri,
     )
     return Replayed(**{name: done.outputs[name] for name in Replayed._fields})
+
+
+class LookAlike(NamedTuple):
+    look_alike: dsl.Model
+
+
+@dsl.pipeline
+def look_alike(examples_uri: str, recall_uri: str, config: str, seed: int, tower: str) -> LookAlike:
+    done = train_look_alike(
+        examples=_artifact(examples_uri, dsl.Dataset),
+        recall=_artifact(recall_uri, dsl.Model),
+        config=config,
+        seed=seed,
+        tower=tower,
+    )
+    return LookAlike(look_alike=done.outputs["look_alike"])

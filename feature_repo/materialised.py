@@ -105,6 +105,11 @@ class ServingTable:
             taken[name] = texts.take(pa.array(rows)).to_numpy(zero_copy_only=False)
         return taken
 
+    @property
+    def keys(self) -> np.ndarray:
+        """The entities that it holds, in order."""
+        return self._keys
+
     def holds(self, keys: np.ndarray) -> np.ndarray:
         """Which of some entities it holds."""
         return self._find(keys)[1]

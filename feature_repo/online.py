@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import polars as pl
 from feast import FeatureStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
@@ -128,6 +129,16 @@ class Online:
             item: (author, tuple(of.tolist()))
             for item, author, of in zip(keys.tolist(), authors.tolist(), tags.lists(), strict=True)
         }
+
+    def catalogue(self) -> pl.DataFrame:
+        """The items that the last materialisation knew: id, author, category, music and tags."""
+        profiles = self._tables()[1]["item_profile"]
+        columns = profiles.take(profiles.keys)
+        found: dict[str, Any] = {"item_id": profiles.keys}
+        for name in ("author_id", "category", "music_id", "tags"):
+            column = columns[name]
+            found[name] = [of.tolist() for of in column.lists()] if isinstance(column, Ragged) else column
+        return pl.DataFrame(found, schema_overrides={"tags": pl.List(pl.Int64)})
 
     def push(self, activities: Mapping[int, Activity]) -> None:
         """Writes what users did, through Feast's push source: the next read has it."""

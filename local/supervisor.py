@@ -30,7 +30,7 @@ import psutil
 
 from local.place import HOST, ROOT, USERS, LocalError, Place, write_private
 
-DAGS = ("prepare", "train", "release", "rollback")
+DAGS = ("prepare", "train", "release", "rollback", "look_alike")
 START_SECONDS = 240
 STOP_SECONDS = 30
 

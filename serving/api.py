@@ -13,7 +13,7 @@ MAX_TIME_MS = 4_102_444_800_000  # the year 2100
 MAX_EVENTS = 1000
 MAX_K = 100
 
-Stage = Literal["features", "recall", "rank", "diversity"]
+Stage = Literal["features", "recall", "look_alike", "rank", "diversity"]
 
 
 def _whole(value: Any) -> Any:
@@ -78,6 +78,7 @@ class ExplainedItem(BaseModel):
     item_id: int
     recall_score: float | None = Field(description="null of an item that was not recalled")
     recall_rank: int | None = Field(description="place in recall's order, from 0")
+    look_alike_score: float | None = Field(description="by those who liked it; null if that did not find the item")
     rank: int = Field(description="place in the order of the scores, before any re-ranking, from 0")
     features: dict[str, Any] = Field(description="what the rank model was given of the item")
 

@@ -300,7 +300,8 @@ def _as_json(request_id: int, asked: RecommendRequest, slate: Slate) -> bytes:
 def _explained(slate: Slate) -> dict[str, Any]:
     vectors = slate.vectors
     of_items = {name: _values(column) for name, column in vectors.of_items.items()} if vectors else {}
-    recalled: list[tuple[float | None, int | None]] = [*slate.recalled] or [(None, None)] * len(slate.items)
+    recalled = slate.recalled or [(None, None)] * len(slate.items)
+    alike = slate.alike or [None] * len(slate.items)
     return {
         "release": slate.release,
         "variant": slate.variant,
@@ -315,11 +316,12 @@ def _explained(slate: Slate) -> dict[str, Any]:
                 "item_id": item,
                 "recall_score": recall_score,
                 "recall_rank": recall_rank,
+                "look_alike_score": alike_score,
                 "rank": place,
                 "features": {name: values[row] for name, values in of_items.items()},
             }
-            for row, (item, place, (recall_score, recall_rank)) in enumerate(
-                zip(slate.items, slate.places, recalled, strict=True)
+            for row, (item, place, (recall_score, recall_rank), alike_score) in enumerate(
+                zip(slate.items, slate.places, recalled, alike, strict=True)
             )
         ],
     }

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from penstock import popular, release
+from penstock.look_alike import LookAlikeError, Table, table_path, tower_of
 from penstock.popular import Popular
 from penstock.routing import Routing
 from serving.deadline import Breaker
@@ -36,17 +37,58 @@ class ItemVectors:
         return found
 
 
+class LookAlikeFile:
+    """The look-alike table of a release, read again whenever it was replaced.
+
+    Args:
+        tower: the query tower of the release: the table of another is refused.
+    """
+
+    def __init__(self, home: Path, number: int, tower: str) -> None:
+        self._home, self._number, self._tower = home, number, tower
+        self._seen: tuple[int, int] | None = None
+        self._table: Table | None = None
+        self._error: LookAlikeError | None = None
+        self._reading = threading.Lock()
+
+    def current(self) -> Table | None:
+        """The newest table, or the one before it while another thread reads; None if there is none.
+
+        Raises:
+            LookAlikeError: it is of another tower, or damaged.
+            OSError: it cannot be read.
+        """
+        try:
+            status = table_path(self._home, self._number).stat()
+            seen = (status.st_ino, status.st_mtime_ns)
+        except FileNotFoundError:
+            return None
+        if seen != self._seen and self._reading.acquire(blocking=False):
+            try:
+                self._table, self._error = Table.read(self._home, self._number, self._tower), None
+            except LookAlikeError as error:
+                self._table, self._error = None, error
+            finally:
+                self._seen = seen
+                self._reading.release()
+        if self._error is not None:
+            raise self._error
+        return self._table
+
+
 @dataclass
 class Held:
     """One release: its manifest, what is popular (None of a release without it), and its item vectors when asked for.
 
     Attributes:
+        look_alike: its items by those who liked them.
         vectors: None until they are read, which takes a second or two for a million items.
     """
 
     number: int
     manifest: dict[str, Any]
     popular: Popular | None
+    look_alike: LookAlikeFile
     vectors: ItemVectors | None = None
     breakers: dict[str, Breaker] = field(default_factory=lambda: {model: Breaker() for model in release.MODELS})
 
@@ -87,7 +129,9 @@ class Releases:
         return held
 
     def _read(self, number: int) -> Held:
-        held = Held(number, release.manifest(self._home, number), self._popular(number))
+        manifest = release.manifest(self._home, number)
+        alike = LookAlikeFile(self._home, number, tower_of(manifest))
+        held = Held(number, manifest, self._popular(number), alike)
         if self._with_vectors:
             threading.Thread(target=self._read_vectors, args=(held,), name=f"vectors {number}", daemon=True).start()
         return held

@@ -24,6 +24,7 @@ from penstock import routing
 from penstock.diversity import rerank
 from penstock.features import SERVICES, VIEWS, Column, Ragged
 from penstock.fusion import fuse
+from penstock.look_alike import LookAlikeError
 from penstock.release import MODELS, ReleaseError
 from penstock.routing import Routing, RoutingError, Variant
 from serving.deadline import Breaker, Deadline
@@ -68,7 +69,7 @@ class UnavailableError(RuntimeError):
 
 
 class StageError(UnavailableError):
-    """A stage that is left out: `features`, `recall`, `rank` or `diversity`; reasons are in docs/gateway.md."""
+    """A stage that is left out; which there are, and the reasons, are in docs/gateway.md."""
 
     def __init__(self, stage: str, reason: str, why: str, remedy: str) -> None:
         super().__init__(why, remedy)
@@ -102,7 +103,9 @@ class Slate:
         heads: of each item, what the rank model says; empty without it.
         vectors: None without features.
         places: of each item, its place in the order of the scores, before any re-ranking, from 0.
-        recalled: of each item, its score and its place in recall's order; empty without recall.
+        recalled: of each item, its score and its place in recall's order, None of one that was not recalled; empty
+            without recall.
+        alike: of each item, how it scores by those who liked it; None of one that look-alike did not find.
         degraded: stages that were left out, each with the reason.
         why, remedy: of the first of them.
         seconds: what each stage took.
@@ -117,7 +120,8 @@ class Slate:
     scores: list[float] = field(default_factory=list)
     heads: list[dict[str, float]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
-    recalled: list[tuple[float, int]] = field(default_factory=list)
+    recalled: list[tuple[float | None, int | None]] = field(default_factory=list)
+    alike: list[float | None] = field(default_factory=list)
     degraded: dict[str, str] = field(default_factory=dict)
     why: str = ""
     remedy: str = ""
@@ -279,7 +283,7 @@ class Recommender:
         if read is None:
             return self._popular(slate, held, request, None, k)
         materialised, service, user = read
-        slate.cold_start = not any(_says_anything(user[name]) for name in KNOWN_OF_USER if name in user)
+        slate.cold_start = not is_known(user)
         slate.vectors = Vectors(service, materialised.cutoff_us, user, {})
         asked = {"user_id": np.array([user_id]), **request.columns()}
         columns: Columns = {
@@ -301,12 +305,17 @@ class Recommender:
             why = f"recall of release {number} gives scores that are not finite"
             slate.without(StageError("recall", "not_finite", why, "roll back to the former release"))
             return self._popular(slate, held, request, user, k)
+        with slate.timed("look_alike"):
+            alike = self._look_alike(slate, held, found, user)
+        ids, recalled = _joined(ids, scores, alike)
         if not len(ids):
             return slate
         assert self._online is not None
         items: Columns = {}
         heads: dict[str, np.ndarray] = {}
-        recalled = scores
+        # without the rank model recall's order stands, before what it has not found
+        scores = np.where(np.isnan(recalled), np.nanmin(recalled, initial=np.inf), recalled)
+        scores[np.isinf(scores)] = 0.0
         try:
             with slate.timed("items"), _reading():
                 items = self._online.items(ids, service, user, request)
@@ -323,10 +332,16 @@ class Recommender:
             heads = {}
         with slate.timed("diversity"):
             best, places = self._diversified(slate, held, ids, scores, items, k)
+            explored = _explored(best, np.isnan(recalled), int(k * self._settings.exploration_share))
+            if explored is not best:
+                best, places = explored, _places(scores)[explored].tolist()
         slate.items, slate.scores, slate.places = ids[best].tolist(), scores[best].tolist(), places
         values = zip(*(heads[name][best].tolist() for name in heads), strict=True)
         slate.heads = [dict(zip(heads, row, strict=True)) for row in values] if heads else [{} for _ in slate.items]
-        slate.recalled = list(zip(recalled[best].tolist(), best.tolist(), strict=True))
+        slate.recalled = [
+            (None, None) if np.isnan(recalled[row]) else (float(recalled[row]), row) for row in best.tolist()
+        ]
+        slate.alike = [alike.get(item) for item in slate.items]
         of_items = {name: column.take(best) for name, column in items.items()}
         slate.vectors = Vectors(service, materialised.cutoff_us, user, of_items)
         return slate
@@ -407,9 +422,23 @@ class Recommender:
         best = rerank(scores, k, trade_off=trade_off, vectors=vectors, cap=cap, authors=authors)
         if trade_off == 1.0 and not cap:
             return best, list(range(len(best)))
-        place = np.empty(len(scores), np.int64)
-        place[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
-        return best, place[best].tolist()
+        return best, _places(scores)[best].tolist()
+
+    def _look_alike(self, slate: Slate, held: Held, found: Mapping[str, np.ndarray], user: Columns) -> dict[int, float]:
+        """The items that those liked whom the user is like, best first, with their scores; none without a table."""
+        if not self._settings.look_alike or "query" not in found:
+            return {}
+        try:
+            table = held.look_alike.current()
+            if table is None:
+                return {}
+            history = user["history_items"]
+            seen = history.values if isinstance(history, Ragged) else np.empty(0, np.int64)
+            ids, scores = table.best(found["query"][0], seen, self._settings.look_alike)
+        except (LookAlikeError, OSError) as error:
+            slate.without(StageError("look_alike", "unfit", str(error), "run the look_alike DAG"))
+            return {}
+        return dict(zip(ids.tolist(), scores.tolist(), strict=True))
 
     def _popular(self, slate: Slate, held: Held, request: Request, user: Columns | None, k: int) -> Slate:
         """What is popular where the user is, without what he is known to have seen."""
@@ -508,6 +537,39 @@ class Recommender:
         return str(services["rank"])
 
 
+def _joined(ids: np.ndarray, scores: np.ndarray, alike: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """What recall found and, behind it, what look-alike found besides, with recall's scores: NaN of the latter."""
+    more = np.array([item for item in alike if item not in set(ids.tolist())], np.int64)
+    return np.concatenate([ids, more]), np.concatenate([scores, np.full(len(more), np.nan)])
+
+
+def _explored(best: np.ndarray, found_alike: np.ndarray, count: int) -> np.ndarray:
+    """A slate in which `count` places, evenly spread, are held by items that look-alike alone has found.
+
+    Args:
+        best: rows of candidates, best first.
+        found_alike: which of the candidates are such items, the likest first; those in `best` count.
+    """
+    rest = np.setdiff1d(np.flatnonzero(found_alike), best)
+    lacking = min(count - int(found_alike[best].sum()), len(rest), len(best))
+    if lacking <= 0:
+        return best
+    kept = best.tolist()
+    # the last that recall found make room
+    for row in [row for row in reversed(kept) if not found_alike[row]][:lacking]:
+        kept.remove(row)
+    for place, row in enumerate(rest[:lacking].tolist(), 1):
+        kept.insert(place * len(best) // lacking - 1, row)
+    return np.array(kept, np.int64)
+
+
+def _places(scores: np.ndarray) -> np.ndarray:
+    """The place of each score in their order, from 0."""
+    place = np.empty(len(scores), np.int64)
+    place[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
+    return place
+
+
 _FILL = "fill it by a run of the prepare DAG"
 _SLOW = "see what is slow, or raise PENSTOCK_DEADLINE_MS"
 
@@ -520,6 +582,11 @@ def _reading() -> Iterator[None]:
     except Exception as error:  # Feast and its stores raise anything; none of it may become a 500
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise StageError("features", "away", f"the feature store does not answer: {reason}", _FILL) from error
+
+
+def is_known(user: Columns) -> bool:
+    """Whether anything is known of a user of some features."""
+    return any(_says_anything(user[name]) for name in KNOWN_OF_USER if name in user)
 
 
 def _says_anything(column: Column) -> bool:

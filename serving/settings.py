@@ -31,6 +31,8 @@ class Settings:
         body_bytes: the largest body of a request.
         trade_off: λ of maximal marginal relevance (`penstock.diversity`); 1: none.
         author_cap: items of one author in a slate at most, while there are others; 0: any number.
+        look_alike: how many items at most the look-alike table adds to those that are ranked; 0: none.
+        exploration_share: the part of a slate's places that is kept for items which look-alike alone has found.
         served_share: the part of the requests whose feature vectors are kept for the replay.
     """
 
@@ -48,6 +50,8 @@ class Settings:
     body_bytes: int = 1 << 18
     trade_off: float = 1.0
     author_cap: int = 0
+    look_alike: int = 50
+    exploration_share: float = 0.0
     served_share: float = 0.1
 
     def __post_init__(self) -> None:
@@ -105,6 +109,8 @@ def from_environment(environment: Mapping[str, str], host: str | None = None) ->
         body_bytes=int(_number(environment, "PENSTOCK_BODY_BYTES", of.body_bytes, 1024, 1 << 30, whole=True)),
         trade_off=_number(environment, "PENSTOCK_MMR_LAMBDA", of.trade_off, 0, 1),
         author_cap=int(_number(environment, "PENSTOCK_AUTHOR_CAP", of.author_cap, 0, 1000, whole=True)),
+        look_alike=int(_number(environment, "PENSTOCK_LOOK_ALIKE", of.look_alike, 0, 1000, whole=True)),
+        exploration_share=_number(environment, "PENSTOCK_EXPLORATION_SHARE", of.exploration_share, 0, 1),
         served_share=_number(environment, "PENSTOCK_SERVED_SHARE", of.served_share, 0, 1),
     )
 

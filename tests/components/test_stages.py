@@ -19,6 +19,7 @@ NAMES = [
     "report",
     "release",
     "replay",
+    "look_alike",
 ]
 
 

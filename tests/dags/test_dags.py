@@ -63,8 +63,8 @@ def parsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_dag_parses(parsed: dict[str, Any]) -> None:
     assert parsed["errors"] == {}
-    assert sorted(parsed["dags"]) == ["prepare", "release", "rollback", "train"]
-    assert parsed["files"] == ["prepare.py", "release.py", "rollback.py", "train.py"]
+    assert sorted(parsed["dags"]) == ["look_alike", "prepare", "release", "rollback", "train"]
+    assert parsed["files"] == ["look_alike.py", "prepare.py", "release.py", "rollback.py", "train.py"]
 
 
 def test_parsing_imports_nothing_heavy(parsed: dict[str, Any]) -> None:
@@ -90,6 +90,7 @@ def test_the_data_docs_are_a_button_of_validate(parsed: dict[str, Any]) -> None:
 def test_assets_and_hands_trigger(parsed: dict[str, Any]) -> None:
     schedules = {name: dag["schedule"] for name, dag in parsed["dags"].items()}
     assert schedules == {
+        "look_alike": "DeltaTriggerTimetable",
         "prepare": "NullTimetable",
         "train": "AssetTriggeredTimetable",
         "release": "AssetTriggeredTimetable",

@@ -47,7 +47,7 @@ HISTORY = [1000, 1003, 2001]
 
 
 class Recall(tf.Module):
-    """Items N*1000, N*1000+1, … in that order, without the excluded."""
+    """Items N*1000, N*1000+1, … in that order, without the excluded. A user's vector is 1 and the history's length."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -71,7 +71,9 @@ class Recall(tf.Module):
         scores, places = tf.math.top_k(scores, tf.minimum(raw["k"], ITEMS))
         ids = tf.where(tf.math.is_finite(scores), tf.gather(self.ids, places), -1)
         missing = [[0, 0], [0, raw["k"] - tf.shape(ids)[1]]]
-        return {"ids": tf.pad(ids, missing, constant_values=-1), "scores": tf.pad(scores, missing)}
+        seen = tf.reduce_sum(tf.cast(raw["history_items"] >= 0, tf.float32), axis=1)
+        query = tf.stack([tf.ones_like(seen), seen], axis=1)
+        return {"ids": tf.pad(ids, missing, constant_values=-1), "scores": tf.pad(scores, missing), "query": query}
 
 
 class Rank(tf.Module):
@@ -126,7 +128,6 @@ def make_candidate(folder: Path, number: int, *, broken: bool = False, parent: i
         "rank": {"click": [1.0] * 10, "long_view": [0.0] * 10, "like": [0.0] * 10},
     }
     files = {
-        "recall/items.parquet": "vectors",
         "recall/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
         "recall/metrics.json": '{"inputs": [], "validation": {}, "test": {}}',
         "rank/config.json": '{"model": "tiny", "config": {}, "seed": 1}',
@@ -139,6 +140,9 @@ def make_candidate(folder: Path, number: int, *, broken: bool = False, parent: i
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+    vectors = pl.Series([[1.0, float(place)] for place in range(ITEMS)], dtype=pl.List(pl.Float32))
+    ids = pl.Series(range(number * CATALOGUE, number * CATALOGUE + ITEMS))
+    pl.DataFrame({"item_id": ids, "vector": vectors}).write_parquet(folder / "recall" / "items.parquet")
     often = {"segment": "", "rank": range(ITEMS), "item_id": range(number * CATALOGUE, number * CATALOGUE + ITEMS)}
     pl.DataFrame(often, schema=popular.SCHEMA).write_parquet(folder / "recall" / popular.FILE)
     return Candidate(*(folder / part for part in ("recall", "rank", "weights", "verdict", "rehearsal", "report.html")))

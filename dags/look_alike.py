@@ -1,0 +1,108 @@
+"""Items by those who liked them: feedback → seeds → (a model for a tower that has none →) tables of what answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import Param, dag, get_current_context, task
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from dags.assets import EXAMPLES, newest
+from dags.stages import home, run, uri
+
+MINUTES = float(os.environ.get("PENSTOCK_LOOK_ALIKE_MINUTES") or 5)
+
+
+def seeds_config(overrides: dict[str, Any]) -> Any:
+    """What the buffer of seeds keeps."""
+    import penstock
+    from penstock import seeds
+
+    try:
+        return penstock.config(seeds, overrides)
+    except ValueError as error:
+        raise AirflowFailException(f"seeds: {error}") from None
+
+
+def answering() -> list[int]:
+    """The releases that answer."""
+    from penstock import routing
+
+    return list(routing.read(home() / "routing.json").answering)
+
+
+@dag(
+    dag_id="look_alike",
+    schedule=timedelta(minutes=MINUTES),
+    catchup=False,
+    max_active_runs=1,
+    tags=["penstock"],
+    default_args={"retries": 0, "execution_timeout": timedelta(hours=2)},
+    params={
+        "config": Param({}, type="object", description="settings of the look-alike model, by name"),
+        "seeds": Param({}, type="object", description="what the buffer of seeds keeps: Config of penstock/seeds.py"),
+        "retrain": Param(False, type="boolean", description="train the model of the releases that answer anew"),
+        "seed": Param(1, type="integer"),
+    },
+    doc_md="""
+    ### A new item reaches its audience with no training
+    1. **follow** takes the feedback since the last run into the seeds: of each item, who liked it lately;
+    2. **train** makes the look-alike model of a release's query tower, once in the release's life;
+    3. **refresh** groups the seeds of the items that changed and replaces the table of each release that answers:
+       the gateway's next request is answered by it.
+
+    It runs every PENSTOCK_LOOK_ALIKE_MINUTES (5), and by hand. A run that fails leaves the former tables.
+    """,
+)
+def look_alike() -> None:
+    @task(doc_md="The feedback since the last run becomes seeds. Skips the rest while no release answers.")
+    def follow() -> int:
+        if not answering():
+            raise AirflowSkipException("no release is live")
+        from serving import look_alike  # takes seconds, and there is nothing to follow for before a release is live
+
+        return look_alike.follow(home(), seeds_config(dict(get_current_context()["params"]["seeds"])))
+
+    @task(inlets=[EXAMPLES], doc_md="Trains a look-alike model for each release that answers and has none.")
+    def train(sequence: int) -> list[int]:
+        from penstock import release
+        from penstock.look_alike import tower_of
+        from serving import look_alike
+
+        context = get_current_context()
+        params = context["params"]
+        made = []
+        for number in answering():
+            if look_alike.trained(home(), number) and not params["retrain"]:
+                continue
+            found = newest(EXAMPLES, context, "there are no examples yet: trigger the DAG `prepare` first")
+            outputs = run(
+                "look_alike",
+                key=str(number),
+                examples_uri=found["uri"],
+                recall_uri=str(release.directory(home(), number) / "recall"),
+                config=json.dumps(dict(params["config"])),
+                seed=params["seed"],
+                tower=tower_of(release.manifest(home(), number)),
+            )
+            look_alike.adopt(home(), number, Path(uri(outputs, "look_alike")) / "model.npz")
+            made.append(number)
+        return made
+
+    @task(doc_md="Groups the seeds of the items that changed, and replaces the tables.")
+    def refresh(trained: list[int]) -> list[dict[str, Any]]:
+        from serving import look_alike, rollout
+
+        config = seeds_config(dict(get_current_context()["params"]["seeds"]))
+        found = look_alike.refresh(home(), rollout.servers(os.environ).model_server, config)
+        return [asdict(one) for one in found]
+
+    refresh(train(follow()))
+
+
+look_alike()

@@ -1,0 +1,208 @@
+"""The table from feedback to answers, on the system of `conftest`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import pytest
+
+from feature_repo.online import Online
+from penstock import release
+from penstock.look_alike import LookAlikeError, Scorer, Table, model_path, table_path, tower_of
+from penstock.seeds import SeedBuffer
+from serving import look_alike
+from serving.gateway import create_app
+from serving.recommender import _explored
+from tests.penstock.test_seeds import likes
+from tests.serving.conftest import CROWD, KNOWN_USER, OFTEN, System, serving
+
+NEW = (2005, 2006)
+"""Items that release 1 does not know, and whoever is asked has not seen."""
+
+STRANGER = 555
+
+
+def scorer() -> Scorer:
+    """A model of the tiny recall models' two numbers that leaves them as they are."""
+    ones = np.eye(2, dtype=np.float32)
+    zeros = np.zeros((2, 1), np.float32)
+    return Scorer(ones, zeros[:, 0], zeros, zeros[0], ones, np.float32(0.3), np.float32(0.7))
+
+
+@pytest.fixture
+def alike(system: System, monkeypatch: pytest.MonkeyPatch) -> Iterator[System]:
+    """Release 1 is live and has a look-alike model; two seeds are enough."""
+    monkeypatch.setattr(look_alike, "LEAST_SEEDS", 2)
+    scorer().save(model_path(system.home, 1), tower_of(release.manifest(system.home, 1)))
+    yield system
+    shutil.rmtree(system.home / "look_alike")
+
+
+def give(system: System, *pairs: tuple[int, int], start: int = 1) -> None:
+    with SeedBuffer(look_alike.buffer_path(system.home)) as buffer:
+        buffer.take(likes(pairs, start))
+
+
+def refreshed(system: System) -> look_alike.Refreshed:
+    (found,) = look_alike.refresh(system.home, system.address)
+    return found
+
+
+def read(system: System) -> Table:
+    return Table.read(system.home, 1, tower_of(release.manifest(system.home, 1)))
+
+
+def ask(gateway: httpx.Client, k: int = 5) -> dict:
+    body = {"user_id": KNOWN_USER, "k": k, "explain": True, "preview": True}
+    answer = gateway.post("/recommend", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_the_catalogue_is_what_was_materialised(system):
+    items = Online(system.home).catalogue()
+    assert {1000, 2005, 3039, OFTEN} <= set(items["item_id"].to_list())
+    assert items.columns == ["item_id", "author_id", "category", "music_id", "tags"]
+
+
+def test_an_item_is_the_users_who_liked_it_as_the_release_sees_them(alike):
+    give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]))
+    refreshed(alike)
+    item = read(alike).items()[NEW[0]]
+    seeds = item.seeds[item.present]
+    assert sorted(seeds.tolist()) == [[1.0, 0.0], [1.0, 3.0]]
+    assert item.own == 2
+
+
+def test_what_did_not_change_is_taken_over_and_no_version_is_spent(alike):
+    give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]))
+    first = refreshed(alike)
+    assert refreshed(alike) == replace(first, changed=0)
+    give(alike, (KNOWN_USER, 1005), (CROWD, 1005), start=100)
+    second = refreshed(alike)
+    assert (second.changed, second.version, second.items) == (1, 2, first.items + 1)
+
+
+def test_users_of_whom_nothing_is_known_are_no_seeds(alike):
+    give(alike, (STRANGER, 1005), (STRANGER + 1, 1005), (KNOWN_USER, 1006), (STRANGER, 1006))
+    refreshed(alike)
+    items = read(alike).items()
+    assert 1005 not in items
+    assert items[1006].present.sum() == 1
+
+
+def test_an_item_that_is_gone_from_the_catalogue_leaves_the_table(alike):
+    give(alike, (KNOWN_USER, 77_777), (CROWD, 77_777))
+    refreshed(alike)
+    assert 77_777 not in read(alike).ids
+
+
+def test_a_new_item_with_few_seeds_is_known_by_items_like_it(alike):
+    give(alike, (KNOWN_USER, 1005), (CROWD, 1005), (CROWD, NEW[0]))
+    refreshed(alike)
+    items = read(alike).items()
+    assert items[NEW[0]].own == 1
+    assert items[NEW[0]].present.sum() == 2
+    assert items[NEW[1]].own == 0
+    assert items[NEW[1]].present.sum() >= 1
+    assert 1006 not in items  # recall knows it, and nobody liked it: nothing is borrowed
+
+
+def test_a_run_that_fails_leaves_the_former_table(alike, monkeypatch):
+    give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]))
+    refreshed(alike)
+    give(alike, (KNOWN_USER, 1005), (CROWD, 1005), start=100)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(look_alike, "item_of", killed)
+        with pytest.raises(KeyboardInterrupt):
+            refreshed(alike)
+    assert read(alike).version == 1
+    assert refreshed(alike).version == 2
+    assert 1005 in read(alike).ids
+
+
+def test_a_damaged_table_is_made_anew(alike):
+    give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]))
+    refreshed(alike)
+    table_path(alike.home, 1).write_bytes(b"none")
+    assert refreshed(alike).items == len(read(alike).ids)
+
+
+def test_releases_without_a_model_have_no_table_and_a_model_of_another_tower_is_refused(alike, tmp_path):
+    model_path(alike.home, 1).unlink()
+    assert not look_alike.trained(alike.home, 1)
+    assert look_alike.refresh(alike.home, alike.address) == []
+    scorer().save(tmp_path / "model.npz", "another")
+    with pytest.raises(LookAlikeError, match="another query tower"):
+        look_alike.adopt(alike.home, 1, tmp_path / "model.npz")
+    scorer().save(tmp_path / "model.npz", tower_of(release.manifest(alike.home, 1)))
+    look_alike.adopt(alike.home, 1, tmp_path / "model.npz")
+    assert look_alike.trained(alike.home, 1)
+
+
+def test_what_look_alike_finds_is_ranked_and_said(alike):
+    give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]), (KNOWN_USER, 1005), (CROWD, 1005))
+    refreshed(alike)
+    with serving(create_app(alike.settings)) as gateway:
+        answer = ask(gateway, k=100)
+        assert answer["degraded"] == []
+        said = {item["item_id"]: item for item in answer["explanation"]["items"]}
+        table = read(alike)
+        for item in (NEW[0], 1005):
+            row = table.ids.tolist().index(item)
+            (score,) = table.scorer.score(
+                np.array([1.0, 3.0]), table.seeds[[row]], table.present[[row]], table.summaries[[row]]
+            )
+            assert said[item]["look_alike_score"] == pytest.approx(score, rel=1e-5)
+        assert said[NEW[0]]["recall_score"] is None
+        assert said[NEW[0]]["recall_rank"] is None
+        assert said[1005]["recall_rank"] is not None
+        assert said[1004]["look_alike_score"] is None
+        assert said[NEW[0]]["features"]
+
+
+def test_the_share_of_exploration_is_kept_for_what_look_alike_alone_finds(alike):
+    give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]), (KNOWN_USER, NEW[1]))
+    refreshed(alike)
+    shown = {}
+    for share in (0.0, 0.2, 0.4):
+        with serving(create_app(replace(alike.settings, exploration_share=share))) as gateway:
+            answer = ask(gateway)
+            shown[share] = [item["item_id"] // 1000 for item in answer["items"]]
+            assert len({item["item_id"] for item in answer["items"]}) == 5
+    assert shown[0.0] == [1, 1, 1, 1, 1]
+    assert shown[0.2] == [1, 1, 1, 1, 2]
+    assert sorted(shown[0.4]) == [1, 1, 1, 2, 2]
+
+
+def test_a_table_of_another_tower_is_refused_and_a_new_one_is_taken_up(alike):
+    give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]))
+    with serving(create_app(alike.settings)) as gateway:
+        assert ask(gateway)["degraded"] == []
+        Table.of(1, "another", 1, 0, scorer(), {}).publish(alike.home)
+        answer = ask(gateway, k=60)
+        assert answer["degraded"] == ["look_alike"]
+        assert "another query tower" in answer["explanation"]["why"]
+        refreshed(alike)
+        answer = ask(gateway, k=100)
+        assert answer["degraded"] == []
+        assert NEW[0] in [item["item_id"] for item in answer["items"]]
+
+
+def test_places_of_exploration_are_spread_and_filled_as_far_as_there_is_something():
+    best = np.arange(10)
+    found = np.arange(14) >= 10
+    assert _explored(best, found, 0) is best
+    assert _explored(best, found, 2).tolist() == [0, 1, 2, 3, 10, 4, 5, 6, 7, 11]
+    assert _explored(best, found[:11], 5).tolist() == [*range(9), 10]
+    already = np.array([0, 1, 12, 2, 3])
+    assert _explored(already, found, 1) is already
+    assert _explored(already, found, 2).tolist() == [0, 1, 12, 2, 10]
