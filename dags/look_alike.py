@@ -15,7 +15,8 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 from dags.assets import EXAMPLES, newest
 from dags.stages import home, run, uri
 
-MINUTES = float(os.environ.get("PENSTOCK_LOOK_ALIKE_MINUTES") or 5)
+MINUTES = float(os.environ.get("PENSTOCK_LOOK_ALIKE_MINUTES") or 0)
+"""0: by hand alone."""
 
 
 def seeds_config(overrides: dict[str, Any]) -> Any:
@@ -38,7 +39,7 @@ def answering() -> list[int]:
 
 @dag(
     dag_id="look_alike",
-    schedule=timedelta(minutes=MINUTES),
+    schedule=timedelta(minutes=MINUTES) if MINUTES else None,
     catchup=False,
     max_active_runs=1,
     tags=["penstock"],
@@ -56,7 +57,7 @@ def answering() -> list[int]:
     3. **refresh** groups the seeds of the items that changed and replaces the table of each release that answers:
        the gateway's next request is answered by it.
 
-    It runs every PENSTOCK_LOOK_ALIKE_MINUTES (5), and by hand. A run that fails leaves the former tables.
+    It runs by hand, and every PENSTOCK_LOOK_ALIKE_MINUTES if that is set. A run that fails leaves the former tables.
     """,
 )
 def look_alike() -> None:

@@ -90,7 +90,7 @@ def test_the_data_docs_are_a_button_of_validate(parsed: dict[str, Any]) -> None:
 def test_assets_and_hands_trigger(parsed: dict[str, Any]) -> None:
     schedules = {name: dag["schedule"] for name, dag in parsed["dags"].items()}
     assert schedules == {
-        "look_alike": "DeltaTriggerTimetable",
+        "look_alike": "NullTimetable",
         "prepare": "NullTimetable",
         "train": "AssetTriggeredTimetable",
         "release": "AssetTriggeredTimetable",

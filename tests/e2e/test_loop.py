@@ -32,9 +32,7 @@ SMALL = {"users": 1500, "items": 800, "items_per_day": 30, "days": 10}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place = Place(tmp_path_factory.mktemp("home"), free_ports())
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PENSTOCK_LOOK_ALIKE_MINUTES", "1440")  # by hand alone
-        child = supervisor.start(place, print)
+    child = supervisor.start(place, print)
     try:
         yield place
     finally:
