@@ -331,7 +331,9 @@ def test_the_explanation_is_what_the_models_were_given(system: System, settings:
     explanation = answer["explanation"]
     assert (explanation["release"], explanation["variant"]) == (1, "champion")
     assert explanation["feature_service"] == "rank_v3"
-    assert {"features", "recall", "look_alike", "items", "rank", "fuse", "diversity", "log"} == explanation["stages_ms"].keys()
+    assert {"features", "recall", "look_alike", "items", "rank", "fuse", "diversity", "log"} == explanation[
+        "stages_ms"
+    ].keys()
     recommender = Recommender(settings)
     online = recommender.online()
     user = online.user(KNOWN_USER, "rank_v3", Request(time_ms, 3, 0))
