@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-sequence-speed | bench-sequence DATA=path/to/beauty.txt | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-ralm DATA=path/to/KuaiRand-Pure | bench-sequence-speed | bench-sequence DATA=path/to/beauty.txt | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -28,7 +28,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers faketime demo up down status mend test check bench-features bench-index bench-recall bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve bench-swaps soak release-trials reconcile bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
+.PHONY: setup servers faketime demo up down status mend test check bench-features bench-index bench-recall bench-ralm bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve bench-swaps soak release-trials reconcile bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
 
 setup: $(READY)
 
@@ -117,6 +117,10 @@ bench-features: $(READY) servers
 # Every recall model and loss beside baselines, 3 seeds each, in two to three hours; QUICK=1 is a smaller form.
 bench-recall: $(READY) $(PEERS)
 	@$(BIN)/python -W ignore -m benchmarks.recall $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
+
+# Look-alike on new items beside other scores, with the simulator's audience, and how fast, in an hour; QUICK=1 is a smaller form.
+bench-ralm: $(READY)
+	@$(BIN)/python -W ignore -m benchmarks.ralm $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
 
 # Training steps beside PyTorch, DeepMatch and plain Keras at four sizes of the vocabulary, in half an hour; QUICK=1 is a smaller form.
 bench-recall-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))

@@ -1,0 +1,471 @@
+"""Look-alike on items that are new: beside other ways to score them, with an audience, and how fast.
+
+`make bench-ralm DATA=path/to/KuaiRand-Pure` prints the tables and writes build/bench/ralm.json and ralm-k.png; QUICK=1
+is a smaller form of it, on a simulated log. What was measured of a seed stays in build/bench/ralm, until the code
+changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+from benchmarks.kept import once, window
+from benchmarks.recall import SMALL, make_examples
+from benchmarks.side_by_side import each
+from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
+from penstock import metrics, training
+from penstock.datasets import simulator
+from penstock.events import DAY_MS
+from penstock.examples import FIRST, Schema, encode_ids, read_slice
+from penstock.look_alike import LEAST_SEEDS, Content, Scorer, Table, cluster, item_of
+from penstock.look_alike_training import Config, Liked, train
+from penstock.seeds import LIKED
+
+SEEDS = (1, 2, 3, 4, 5)
+YOUNG = 1 / 3
+"""The share of the items, those that appeared last, that are asked for."""
+DEPTHS = (10, 50)
+CLUSTERS = (1, 2, 5, 10, 20, 30, 50)
+WAYS = {
+    "mean of seeds": None,
+    "RALM without local": Config(alpha=1.0, beta=0.0),
+    "RALM without global": Config(alpha=0.0, beta=1.0),
+    "RALM": Config(),
+}
+MODULES = (
+    "benchmarks.ralm",
+    "penstock.training",
+    "penstock.look_alike_training",
+    "penstock.recall.ralm_user",
+    "penstock.recall.youtube_dnn",
+)
+MEASURES = ("auc", *(f"prec@{k}" for k in DEPTHS))
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="a KuaiRand-Pure directory, as its authors publish it")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.quick and arguments.data is None:
+        sys.exit("Say where the data is: make bench-ralm DATA=path/to/KuaiRand-Pure (see the README)")
+    print(machine(), flush=True)
+    quick = arguments.quick
+    folder = BUILD / ("ralm-quick" if quick else "ralm")
+    examples = make_examples(folder / "examples", arguments.data)
+    small = simulator.Config(users=3000, items=1000, items_per_day=60, days=14)
+    world = SMALL if quick else small
+    simulated = examples if quick else make_examples(folder / "simulated", None, world)
+    seeds, epochs = (SEEDS[:1], 2) if quick else (SEEDS, 12)
+    found = each(offline, [(examples, folder, seed, epochs) for seed in seeds], [f"seed {seed}" for seed in seeds])
+    rows = of_new_items(found, goals=not quick)
+    shown = audience(simulated, folder, world, 1, epochs, 1200 if quick else 20_000)
+    rows += with_audience(shown, goals=not quick)
+    rows += speed(10 if quick else 300, 20_000 if quick else 100_000)
+    show("Look-alike", rows)
+    print(f"written: {write('ralm-quick' if quick else 'ralm', rows)}, {elbow(found, folder)}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """What was known at the cut, the end of the training slice, and what came after it.
+
+    Attributes:
+        users: raw ids in order; a user's number is his place.
+        before, at: the last row of each user before the cut, and the first after it of those who came.
+        seeds: who liked what before it, items by their index in the schema.
+        young: indices of the items that appeared last, of those that have two seeds or more.
+    """
+
+    users: np.ndarray
+    before: pl.DataFrame
+    at: pl.DataFrame
+    seeds: Liked
+    young: np.ndarray
+    later: pl.DataFrame
+
+    @staticmethod
+    def of(examples: Path, schema: Schema) -> Split:
+        """That of an examples directory."""
+        rows = read_slice(examples, "train")
+        later = pl.concat([read_slice(examples, part) for part in ("validation", "test")])
+        before = rows.unique("user_id", keep="last", maintain_order=True).sort("user_id")
+        users = before["user_id"].to_numpy()
+        later = later.filter(pl.col("user_id").is_in(users.tolist()))
+        liked = rows.filter(pl.col(LIKED) == 1)
+        seeds = Liked.of(np.searchsorted(users, liked["user_id"].to_numpy()), _indices(liked, schema))
+        first = rows.group_by("item_id").agg(pl.col("event_time").min()).sort("event_time", "item_id")
+        last = _indices(first.tail(int(first.height * YOUNG)), schema)
+        several = np.bincount(seeds.items, minlength=schema.size("item_id")) >= 2
+        at = later.unique("user_id", keep="first", maintain_order=True)
+        return Split(users, before, at, seeds, np.sort(last[several[last]]), later)
+
+    def liked_later(self, schema: Schema) -> Liked:
+        """Who liked which of the known items after the cut."""
+        known = pl.col("item_id").is_in(schema.vocabularies["item_id"].tolist())
+        rows = self.later.filter((pl.col(LIKED) == 1) & known)
+        return Liked.of(np.searchsorted(self.users, rows["user_id"].to_numpy()), _indices(rows, schema))
+
+
+def _indices(rows: pl.DataFrame, schema: Schema) -> np.ndarray:
+    return encode_ids(rows["item_id"].to_numpy(), schema.vocabularies["item_id"])
+
+
+def offline(examples: Path, folder: Path, seed: int, epochs: int) -> dict[str, Any]:
+    """The figures of each way to score young items after the cut, by name; and the elbow of k."""
+
+    def measured() -> dict[str, Any]:
+        schema = Schema.load(examples / "schema")
+        split = Split.of(examples, schema)
+        scores = {"logistic regression": _regression(examples, schema, split)}
+        with tempfile.TemporaryDirectory() as place:
+            for name in ("youtube_dnn", "ralm_user"):
+                training.train_recall(examples, name, {"epochs": epochs}, seed, Path(place) / name)
+            youtube, _ = training.load_recall(examples, Path(place) / "youtube_dnn")
+            tower, _ = training.load_recall(examples, Path(place) / "ralm_user")
+        items = training.item_vectors(youtube, split.young)
+        scores["YouTubeDNN"] = training.query_vectors(youtube, split.at, schema) @ items.T
+        vectors = training.query_vectors(tower, split.before, schema)
+        asked = training.query_vectors(tower, split.at, schema)
+        later = split.liked_later(schema)
+        old = ~np.isin(later.items, split.young)  # what is asked for helps no one to stop in time
+        of_item = {item: split.seeds.users[split.seeds.items == item] for item in split.young.tolist()}
+        for name, config in WAYS.items():
+            if config is None:
+                means = np.array([_unit(vectors[users].mean(axis=0)) for users in of_item.values()])
+                scores[name] = _unit(asked) @ means.T
+                continue
+            settings = replace(config, epochs=min(epochs, config.epochs))
+            scorer, _ = train(vectors, split.seeds, Liked(*(part[old] for part in later)), settings, seed)
+            table = Table.of(1, "", 1, 0, scorer, {i: item_of(vectors[u], len(u), scorer) for i, u in of_item.items()})
+            scores[name] = np.array([scorer.score(user, table.seeds, table.present, table.summaries) for user in asked])
+        figures = {name: judge(of, split, schema) for name, of in scores.items()}
+        return {"figures": figures, "elbow": _inertia(vectors, [users for users in of_item.values() if len(users) > 5])}
+
+    spec = {"seed": seed, "epochs": epochs, "window": window(examples)}
+    return once(folder, "offline", spec, MODULES, measured)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def judge(scores: np.ndarray, split: Split, schema: Schema) -> dict[str, float]:
+    """How good scores `[users who came, young items]` are of what these users did later.
+
+    The AUC is of what was shown to them of the young items; prec@k of the first k of all young items that they have not
+    liked yet, over the users who liked one.
+    """
+    row_of = {user: row for row, user in enumerate(split.at["user_id"].to_list())}
+    place = {item: column for column, item in enumerate(split.young.tolist())}
+    items = _indices(split.later, schema)
+    known = np.isin(items, split.young)
+    shown = split.later.filter(pl.Series(known))
+    rows = np.array([row_of[user] for user in shown["user_id"].to_list()], int)
+    columns = np.array([place[item] for item in items[known].tolist()], int)
+    labels = shown[LIKED].to_numpy()
+    relevant = np.zeros(scores.shape, bool)
+    relevant[rows[labels == 1], columns[labels == 1]] = True
+    open_ = scores.astype(np.float64).copy()
+    number = {user: row for row, user in enumerate(split.users.tolist())}
+    numbers = np.array([number[user] for user in split.at["user_id"].to_list()])
+    row_by_number = np.full(len(split.users), -1)
+    row_by_number[numbers] = np.arange(len(numbers))
+    young = np.isin(split.seeds.items, split.young)
+    seen_rows = row_by_number[split.seeds.users[young]]
+    seen_columns = np.array([place[item] for item in split.seeds.items[young].tolist()], int)
+    open_[seen_rows[seen_rows >= 0], seen_columns[seen_rows >= 0]] = -np.inf
+    best = np.argsort(-open_, axis=1, kind="stable")
+    who = relevant.any(axis=1)
+    hits = np.take_along_axis(relevant, best, axis=1)[who]
+    found = {f"prec@{k}": float(hits[:, :k].sum(axis=1).mean() / k) for k in DEPTHS}
+    return {"auc": metrics.auc(labels, scores[rows, columns]), **found}
+
+
+def _regression(examples: Path, schema: Schema, split: Split) -> np.ndarray:
+    """Logistic regression on the numbers of user and item, fitted before the cut: `[users who came, young items]`."""
+    rows = read_slice(examples, "train")
+    # what is of both at once would have to be made for each pair
+    alone = [
+        feature
+        for feature in schema.of("user", "item")
+        if feature.kind in ("count", "number") and not feature.name.startswith(("author_a", "tag_a"))
+    ]
+    sides = {side: [feature for feature in alone if feature.side == side] for side in ("user", "item")}
+
+    def numbers(side: str, of: pl.DataFrame) -> np.ndarray:
+        return np.column_stack([schema.encode(feature, of[feature.name]) for feature in sides[side]])
+
+    sample = rows.sample(min(rows.height, 200_000), seed=0)
+    inputs = np.concatenate([numbers("user", sample), numbers("item", sample)], axis=1)
+    fitted = LogisticRegression(max_iter=200).fit(inputs, sample[LIKED].to_numpy())
+    weights, width = fitted.coef_[0], len(sides["user"])
+    last = rows.unique("item_id", keep="last", maintain_order=True)
+    at = np.searchsorted(np.sort(_indices(last, schema)), split.young)
+    of_items = numbers("item", last[np.argsort(_indices(last, schema))[at].tolist()])
+    return (numbers("user", split.at) @ weights[:width])[:, None] + (of_items @ weights[width:])[None]
+
+
+def _inertia(vectors: np.ndarray, groups: Sequence[np.ndarray]) -> list[float]:
+    """How far seeds are from the nearest centroid, squared, by k, as a share of that of one centroid."""
+    some = groups[:: max(len(groups) // 50, 1)]
+    found = []
+    for k in CLUSTERS:
+        apart = 0.0
+        for users in some:
+            of = cluster(vectors[users], k)
+            apart += float(np.square(vectors[users] - of.centroids[of.places]).sum())
+        found.append(apart)
+    return [apart / max(found[0], 1e-12) for apart in found]
+
+
+def of_new_items(found: Sequence[dict[str, Any]], goals: bool) -> list[Comparison]:
+    """Prints the ways beside each other; the rows of the paper's margins."""
+    names = list(found[0]["figures"])
+    columns: dict[str, Sequence[str | float]] = {"young items": names}
+    for measure in MEASURES:
+        values = {name: [one["figures"][name][measure] for one in found] for name in names}
+        columns[measure] = [statistics.mean(values[name]) for name in names]
+        columns[f"± {measure}"] = [_margin(values[name]) for name in names]
+    show_columns(f"Items that appeared last, after the cut; means of {len(found)} seeds, ± a 95 % interval", columns)
+
+    def against(peer: str, goal: float) -> Comparison:
+        ours, theirs = (statistics.mean(one["figures"][name]["prec@10"] for one in found) for name in ("RALM", peer))
+        return Comparison("prec@10, young items", ours, theirs, peer, "", at_least=goal if goals else None)
+
+    return [against("YouTubeDNN", 1.064), against("mean of seeds", 1.169)]
+
+
+def _margin(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean, by Student's t; infinite of one value."""
+    if len(values) < 2:
+        return float("inf")
+    return float(stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5)
+
+
+def elbow(found: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Draws how much of the seeds' spread is left by k."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    for one in found:
+        axes.plot(CLUSTERS, one["elbow"], marker="o", ms=3.5)
+    axes.axvline(20, ls=":", color="gray")
+    axes.set(xlabel="centroids k", ylabel="squared distance left", ylim=(0, 1.05))
+    path = folder.with_name(f"{folder.name}-k.png")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def audience(
+    examples: Path, folder: Path, world: simulator.Config, seed: int, epochs: int, requests: int
+) -> dict[str, dict[str, float]]:
+    """The day after the log, lived twice by the simulator's audience: explored by chance, and by RALM."""
+
+    def measured() -> dict[str, Any]:
+        schema = Schema.load(examples / "schema")
+        with tempfile.TemporaryDirectory() as place:
+            training.train_recall(examples, "ralm_user", {"epochs": epochs}, seed, Path(place) / "tower")
+            tower, _ = training.load_recall(examples, Path(place) / "tower")
+        split = Split.of(examples, schema)
+        liked = split.liked_later(schema)
+        vectors = training.query_vectors(tower, split.before, schema)
+        scorer, _ = train(vectors, split.seeds, liked, Config(epochs=min(epochs, 8)), seed)
+        day = Day(world, split, schema, vectors, training.item_vectors(tower, _all(schema)), scorer)
+        return {name: day.live(requests, alike) for name, alike in (("without", False), ("with", True))}
+
+    spec = {"seed": seed, "epochs": epochs, "requests": requests, "window": window(examples)}
+    return once(folder, "audience", spec, MODULES, measured)
+
+
+def _all(schema: Schema) -> np.ndarray:
+    return np.arange(FIRST, schema.size("item_id"))
+
+
+EXPLORED = 2
+"""Places of a slate of ten that are explored."""
+AT_ONCE = 100
+"""Requests between two tables."""
+RIGHT = 0.2
+"""The share of the users to whom an item is most relevant: the right ones."""
+ENOUGH = 100
+
+
+class Day:
+    """The day after the log: items of the last days are new, and the two explored places are for them."""
+
+    def __init__(
+        self,
+        world: simulator.Config,
+        split: Split,
+        schema: Schema,
+        vectors: np.ndarray,
+        items: np.ndarray,
+        scorer: Scorer,
+    ) -> None:
+        self.world = replace(world, days=world.days + 1)
+        self.audience = simulator.Audience(self.world)
+        self.number = {user: row for row, user in enumerate(split.users.tolist())}
+        self.users, self.vectors, self.scorer = split.users, vectors, scorer
+        self.ids = schema.vocabularies["item_id"]
+        self.order = np.argsort(-(vectors @ items.T), axis=1, kind="stable")[:, :200]
+        truth = self.audience.truth.items(np.arange(self.world.items_by(world.days)))
+        self.topic, self.upload = truth.topic, truth.upload_ms
+        published = world.start_ms + world.days * DAY_MS
+        self.new = np.flatnonzero((self.upload >= published - DAY_MS) & ~np.isin(truth.ids, self.ids))
+        liked = np.bincount(split.seeds.items, minlength=schema.size("item_id"))
+        fewest = liked[FIRST:].argsort(kind="stable")
+        self.tail = set(self.ids[fewest[: len(fewest) // 2]].tolist()) | set(self.new.tolist())
+        author = truth.author + 1
+        tags = [[int(tag) + 1 for tag in row[held]] for row, held in zip(truth.tags, truth.tagged, strict=True)]
+        rows = {"item_id": truth.ids, "author_id": author, "category": truth.topic + 1, "tags": tags}
+        self.content = Content.of(pl.DataFrame(rows, schema_overrides={"tags": pl.List(pl.Int64)}))
+        relevance = np.stack(
+            [self.audience.truth.relevance(self.users, item, published + DAY_MS // 2) for item in self.new]
+        )
+        self.right = relevance >= np.quantile(relevance, 1 - RIGHT, axis=1, keepdims=True)
+        self.of_seeds = {
+            int(self.ids[item - FIRST]): split.seeds.users[split.seeds.items == item]
+            for item in np.unique(split.seeds.items)
+        }
+
+    def live(self, count: int, alike: bool) -> dict[str, float]:
+        """What came of `count` requests."""
+        random = np.random.default_rng(0)
+        liked: dict[int, list[int]] = {int(item): [] for item in self.new}
+        seen: dict[int, set[int]] = {}
+        exposures = np.zeros(len(self.topic), int)
+        right, reached = np.zeros(len(self.new), int), np.full(len(self.new), np.nan)
+        place = {int(item): row for row, item in enumerate(self.new)}
+        clicks, shown, kinds = 0, 0, []
+        table = Table.of(1, "", 1, 0, self.scorer, {})
+        for number, (user, time_ms, device, scenario) in enumerate(self.audience.requests(self.world.days - 1, count)):
+            row = self.number.get(user)
+            if row is None:
+                continue
+            if alike and number % AT_ONCE == 0:
+                table = self._table(liked)
+            had = seen.setdefault(user, set())
+            open_ = np.array([i for i in self.new if self.upload[i] <= time_ms and int(i) not in had], int)
+            if alike:
+                closed = np.setdiff1d(self.new, open_)
+                explored = table.best(self.vectors[row], closed, EXPLORED)[0].tolist()
+            else:
+                explored = random.permutation(open_)[:EXPLORED].tolist()
+            base = [int(item) for item in self.ids[self.order[row]] if int(item) not in had]
+            slate = base[: simulator.SLATE - len(explored)]
+            for at, item in zip((4, 9), explored, strict=False):
+                slate.insert(at, item)
+            labels = self.audience.respond(
+                user, slate, time_ms=time_ms, device=device, scenario=scenario, request_id=number
+            )
+            had |= set(slate)
+            clicks += sum(label["click"] for label in labels)
+            shown += len(slate)
+            kinds.append(len(set(self.topic[slate].tolist())))
+            np.add.at(exposures, slate, 1)
+            for item, label in zip(slate, labels, strict=True):
+                if item not in place:
+                    continue
+                if label[LIKED]:
+                    liked[item].append(row)
+                right[place[item]] += self.right[place[item], row]
+                if right[place[item]] == ENOUGH:
+                    reached[place[item]] = (time_ms - self.upload[item]) / 3.6e6
+        order = np.sort(exposures[exposures > 0])
+        gini = float(2 * (np.arange(1, len(order) + 1) * order).sum() / (len(order) * order.sum()) - 1 - 1 / len(order))
+        of_new = exposures[self.new].sum()
+        return {
+            "click rate": clicks / max(shown, 1),
+            "share of exposures in the tail": float(sum(exposures[item] for item in self.tail)) / max(shown, 1),
+            "Gini of exposures": gini,
+            "categories of a slate": statistics.mean(kinds),
+            "right users of new items' exposures": float(right.sum() / max(of_new, 1)),
+            f"new items with {ENOUGH} right exposures": float(np.isfinite(reached).mean()),
+            f"hours to {ENOUGH} right exposures": float(np.nanmedian(reached)) if np.isfinite(reached).any() else 24.0,
+        }
+
+    def _table(self, liked: dict[int, list[int]]) -> Table:
+        """Every new item by its seeds, and by those of items like it while it has few."""
+        lenders = np.array([item for item, users in self.of_seeds.items() if len(users) >= 5], np.int64)
+        items = {}
+        for item, own in liked.items():
+            users = list(dict.fromkeys(own))
+            for lender in self.content.like(item, lenders)[:10].tolist():
+                if len(users) >= LEAST_SEEDS:
+                    break
+                users += [user for user in self.of_seeds[lender].tolist() if user not in users]
+            if users:
+                items[item] = item_of(
+                    self.vectors[users[:LEAST_SEEDS] if len(own) < LEAST_SEEDS else own], len(own), self.scorer
+                )
+        return Table.of(1, "", 1, 0, self.scorer, items)
+
+
+def with_audience(found: dict[str, dict[str, float]], goals: bool) -> list[Comparison]:
+    """Rows of the two days."""
+    least = {"click rate": 1.0, "share of exposures in the tail": 1.09} if goals else {}
+    return [
+        Comparison(measure, ours, found["without"][measure], "explored by chance", "", at_least=least.get(measure))
+        for measure, ours in found["with"].items()
+    ]
+
+
+def speed(repeats: int, seeds: int) -> list[Comparison]:
+    """Scoring 10,000 items on one core beside the product of the matrices; k-means; and what changed items cost."""
+    random = np.random.default_rng(0)
+    items, k, h, dim = 10_000, 20, 32, 32
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.normal(size=shape).astype(np.float32)
+
+    scorer = Scorer(normal(dim, h), normal(h), normal(h, 32), normal(32), normal(h, h), np.array(0.3), np.array(0.7))
+    table, present, summaries = normal(items, k, h), np.ones((items, k), bool), normal(items, h)
+    user, flat, asked = normal(dim), table.reshape(-1, h), normal(h)
+    with threadpool_limits(1):
+        ours = _p99(lambda: scorer.score(user, table, present, summaries), repeats)
+        product = _p99(lambda: flat @ asked, repeats)
+        began = time.perf_counter()
+        cluster(normal(seeds, 128), k)
+        means = time.perf_counter() - began
+        users = normal(200, dim)
+        times = {}
+        for changed in (10, 100):
+            began = time.perf_counter()
+            for _ in range(changed):
+                item_of(users, 200, scorer)
+            times[changed] = time.perf_counter() - began
+    return [
+        Comparison("1 user x 10,000 items, p99, one core", 1000 * ours, 1000 * product, "matrix product", "ms"),
+        Comparison("the same beside what is allowed", 1000 * ours, 20.0, "20 ms", "ms", at_most=1.0),
+        Comparison(f"k-means of {seeds:,} x 128", means, 10.0, "10 s", "s", at_most=1.0),
+        Comparison("100 changed items of a table", times[100], times[10], "10 changed items", "s", at_most=15.0),
+    ]
+
+
+def _p99(call: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 3):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return float(np.quantile(times[3:], 0.99))
+
+
+if __name__ == "__main__":
+    main()
