@@ -275,7 +275,7 @@ def elbow(found: Sequence[dict[str, Any]], folder: Path) -> Path:
 def audience(
     examples: Path, folder: Path, world: simulator.Config, seed: int, epochs: int, requests: int
 ) -> dict[str, dict[str, float]]:
-    """The day after the log, lived twice by the simulator's audience: explored by chance, and by RALM."""
+    """The day after the log, lived by the simulator's audience in each of the ways of `LIVED`."""
 
     def measured() -> dict[str, Any]:
         schema = Schema.load(examples / "schema")
@@ -287,7 +287,7 @@ def audience(
         vectors = training.query_vectors(tower, split.before, schema)
         scorer, _ = train(vectors, split.seeds, liked, Config(epochs=min(epochs, 8)), seed)
         day = Day(world, split, schema, vectors, training.item_vectors(tower, _all(schema)), scorer)
-        return {name: day.live(requests, alike) for name, alike in (("without", False), ("with", True))}
+        return {way: day.live(requests, way) for way in LIVED}
 
     spec = {"seed": seed, "epochs": epochs, "requests": requests, "window": window(examples)}
     return once(folder, "audience", spec, MODULES, measured)
@@ -297,6 +297,7 @@ def _all(schema: Schema) -> np.ndarray:
     return np.arange(FIRST, schema.size("item_id"))
 
 
+LIVED = ("recall alone", "explored by chance", "RALM")
 EXPLORED = 2
 """Places of a slate of ten that are explored."""
 AT_ONCE = 100
@@ -344,8 +345,8 @@ class Day:
             for item in np.unique(split.seeds.items)
         }
 
-    def live(self, count: int, alike: bool) -> dict[str, float]:
-        """What came of `count` requests."""
+    def live(self, count: int, way: str) -> dict[str, float]:
+        """What came of `count` requests, what is new explored in a way of `LIVED`."""
         random = np.random.default_rng(0)
         liked: dict[int, list[int]] = {int(item): [] for item in self.new}
         seen: dict[int, set[int]] = {}
@@ -358,14 +359,15 @@ class Day:
             row = self.number.get(user)
             if row is None:
                 continue
-            if alike and number % AT_ONCE == 0:
+            if way == "RALM" and number % AT_ONCE == 0:
                 table = self._table(liked)
             had = seen.setdefault(user, set())
             open_ = np.array([i for i in self.new if self.upload[i] <= time_ms and int(i) not in had], int)
-            if alike:
+            explored: list[int] = []
+            if way == "RALM":
                 closed = np.setdiff1d(self.new, open_)
                 explored = table.best(self.vectors[row], closed, EXPLORED)[0].tolist()
-            else:
+            elif way == "explored by chance":
                 explored = random.permutation(open_)[:EXPLORED].tolist()
             base = [int(item) for item in self.ids[self.order[row]] if int(item) not in had]
             slate = base[: simulator.SLATE - len(explored)]
@@ -397,7 +399,8 @@ class Day:
             "categories of a slate": statistics.mean(kinds),
             "right users of new items' exposures": float(right.sum() / max(of_new, 1)),
             f"new items with {ENOUGH} right exposures": float(np.isfinite(reached).mean()),
-            f"hours to {ENOUGH} right exposures": float(np.nanmedian(reached)) if np.isfinite(reached).any() else 24.0,
+            # an item that did not get so many on this day counts as one that took all of it
+            f"hours to {ENOUGH} right exposures, 24 at most": float(np.median(np.nan_to_num(reached, nan=24.0))),
         }
 
     def _table(self, liked: dict[int, list[int]]) -> Table:
@@ -418,11 +421,14 @@ class Day:
 
 
 def with_audience(found: dict[str, dict[str, float]], goals: bool) -> list[Comparison]:
-    """Rows of the two days."""
+    """Rows of RALM's day beside the others; the goals are those of a day without look-alike."""
     least = {"click rate": 1.0, "share of exposures in the tail": 1.09} if goals else {}
     return [
-        Comparison(measure, ours, found["without"][measure], "explored by chance", "", at_least=least.get(measure))
-        for measure, ours in found["with"].items()
+        Comparison(
+            measure, ours, found[peer][measure], peer, "", at_least=least.get(measure) if peer == LIVED[0] else None
+        )
+        for peer in LIVED[:2]
+        for measure, ours in found["RALM"].items()
     ]
 
 
