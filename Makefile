@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-ralm DATA=path/to/KuaiRand-Pure | bench-sequence-speed | bench-sequence DATA=path/to/beauty.txt | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-ralm DATA=path/to/KuaiRand-Pure | bench-sequence-speed | bench-sequence DATA=path/to/beauty.txt | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials | image | image-check | reconcile | release-trials | bench-swaps
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -14,6 +14,10 @@ DEEPMATCH := build/peers/deepmatch/.ready
 # uv does not read pip's configuration; a mirror set there holds for it too.
 INDEX = $(or $(UV_DEFAULT_INDEX),$(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null))
 
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+BASE ?=
+IMAGES ?= step gateway airflow
+
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
@@ -28,7 +32,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers faketime demo up down status mend test check bench-features bench-index bench-recall bench-ralm bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve bench-swaps soak release-trials reconcile bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock clean
+.PHONY: setup servers faketime demo up down status mend test check bench-features bench-index bench-recall bench-ralm bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve bench-swaps soak release-trials reconcile bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock image image-check clean
 
 setup: $(READY)
 
@@ -203,6 +207,23 @@ features-doc: $(READY)
 lock: | $(UV)
 	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --extra dev --extra s3 --extra spark \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header pyproject.toml -o requirements.lock
+	@echo "tensorflow[and-cuda]$$(grep -oE '"tensorflow==[^"]+' pyproject.toml | sed 's/"tensorflow//')" > build/gpu.in
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes -c requirements.lock \
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header build/gpu.in \
+		| awk '/^[^ ]/ { cuda = /^nvidia-/ } cuda' > requirements-gpu.lock
+
+# The images of the Dockerfile, all but that of GPUs; BASE= where no registry can be reached (deploy/image-base.sh makes one).
+image:
+	@for target in $(IMAGES); do \
+		docker build --network host --target $$target -t penstock/$$target:$(VERSION) \
+			$(if $(BASE),--build-arg BASE="$(BASE)") $(if $(INDEX),--build-arg INDEX="$(INDEX)") \
+			--build-arg VERSION=$(VERSION) --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" . || exit 1; \
+	done
+
+# The step's image is built, and held to what it must be: a stage of the project in it, and containers that fail at once.
+image-check: $(READY)
+	@$(MAKE) --no-print-directory image IMAGES=step
+	@PENSTOCK_CHECK_IMAGE=penstock/step:$(VERSION) $(BIN)/python -m pytest -p no:cacheprovider tests/components/test_image.py tests/components/test_docker.py
 
 clean:
 	rm -rf .venv build

@@ -131,6 +131,8 @@ def contained(pipeline: Any, described: Mapping[str, Any]) -> Any:
     from kfp import components
 
     spec = stages.spec(pipeline)
+    # a pipeline that is called as one of its components is loaded as that component, without what stands around it
+    spec["pipelineInfo"]["name"] += "-in-containers"
     for component, executor in containers.executors(spec).items():
         executor["command"] = ["python3", "-m", "components.docker", _EXECUTOR]
         executor["env"] = [{"name": SPECIFICATION, "value": json.dumps(described[component])}]

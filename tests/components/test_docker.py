@@ -24,10 +24,11 @@ from typing import Any
 import docker as docker_py
 import pytest
 
-from components import docker
+from components import containers, docker, stages
 from components.docker import Container
 from components.resources import Config
 from components.runner import ROOT, StageError, _run_child, run_stage
+from components.stage import spec
 
 # docker's client leaves the socket of a log to whoever collects it
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -236,6 +237,18 @@ def test_what_cannot_run_in_docker_says_so(
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing")
     with pytest.raises(StageError, match="PENSTOCK_RUNNER=docker needs a Docker engine"):
         run_stage(STAGE, arguments, tmp_path / "out", "docker")
+
+
+@pytest.mark.parametrize("stage", [name for name, one in vars(stages).items() if hasattr(one, "pipeline_func")])
+def test_a_stage_stays_a_pipeline_in_containers(stage: str) -> None:
+    pipeline = getattr(stages, stage)
+    described = {key: {"image": IMAGE} for key in containers.executors(spec(pipeline))}
+    found = spec(docker.contained(pipeline, described))
+    assert found["root"] == spec(pipeline)["root"]
+    executors = containers.executors(found)
+    assert executors.keys() == described.keys()
+    for executor in executors.values():
+        assert executor["env"] == [{"name": docker.SPECIFICATION, "value": json.dumps({"image": IMAGE})}]
 
 
 def test_paths_among_the_arguments_are_seen_by_the_container(tmp_path: Path) -> None:
