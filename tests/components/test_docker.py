@@ -243,7 +243,9 @@ def test_what_cannot_run_in_docker_says_so(
 def test_a_stage_stays_a_pipeline_in_containers(stage: str) -> None:
     pipeline = getattr(stages, stage)
     described = {key: {"image": IMAGE} for key in containers.executors(spec(pipeline))}
-    found = spec(docker.contained(pipeline, described))
+    contained = docker.contained(pipeline, described)
+    assert contained.component_spec.implementation.graph is not None
+    found = spec(contained)
     assert found["root"] == spec(pipeline)["root"]
     executors = containers.executors(found)
     assert executors.keys() == described.keys()
