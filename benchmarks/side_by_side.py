@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
 
-import tensorflow as tf
-
 Found = TypeVar("Found")
 
 
@@ -46,8 +44,7 @@ def _pool(most: int) -> ProcessPoolExecutor:
 
 def _alone() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says what Ctrl-C means
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 
 
 def _timed(measure: Callable[..., Found], *call: Any) -> tuple[float, Found]:
