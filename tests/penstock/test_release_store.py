@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
@@ -85,6 +86,22 @@ def test_builders_on_several_machines_get_numbers_of_their_own(url: str, tmp_pat
     for machine in machines:
         machine.join()
     assert sorted(numbers) == [1, 2, 3, 4] == ReleaseStore(url).numbers()
+
+
+def test_a_number_that_many_claim_at_once_goes_to_one(url: str) -> None:
+    stores = [ReleaseStore(url) for _ in range(8)]
+    barrier = threading.Barrier(len(stores))
+
+    def claim(store: ReleaseStore) -> list[int]:
+        found = []
+        for least in range(1, 9):
+            barrier.wait()
+            found.append(store.claim(least))
+        return found
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        claimed = [number for numbers in pool.map(claim, stores) for number in numbers]
+    assert len(set(claimed)) == len(claimed) == 64
 
 
 def test_a_release_whose_manifest_is_not_there_is_none(url: str, tmp_path: Path) -> None:
