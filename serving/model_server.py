@@ -358,8 +358,12 @@ def main() -> None:
     served = ", ".join(f"{name} {versions}" for name, versions in server.servables.served.items())
     where = f"gRPC {arguments.host}:{server.grpc_port}, REST {arguments.host}:{server.rest_port}"
     print(f"model server: {where}, serving {served}", flush=True)
-    ended.wait()
+    while not ended.wait(POLL_SECONDS):  # a signal that another thread is given does not end a wait without limit
+        pass
     server.stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is answered; gRPC's and TensorFlow's threads have been seen to hold up an interpreter's end
 
 
 if __name__ == "__main__":

@@ -436,7 +436,12 @@ def test_the_command_answers_what_runs_when_it_is_told_to_end(base_path: Path, t
     (tmp_path / "models" / "recall" / "1").symlink_to(base_path / MODEL / "1")
     command = [sys.executable, "-m", "serving.model_server", "--home", str(tmp_path), "--grpc-port", "0"]
     with subprocess.Popen(
-        [*command, "--rest-port", "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--rest-port", "0"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             assert process.stdout is not None
@@ -459,7 +464,11 @@ def test_the_command_answers_what_runs_when_it_is_told_to_end(base_path: Path, t
                 assert from_tensor(over_grpc.result().outputs["version"]) == 1
                 status, document = over_rest.result()
                 assert (status, document["outputs"]["version"]) == (200, 1)
-            assert process.wait(30) == 0
+            try:
+                assert process.wait(30) == 0
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGABRT)  # it says where its threads stand
+                raise AssertionError(process.communicate(timeout=30)[1]) from None
             subject.channel.close()
             assert process.stderr is not None
             # the one line that TensorFlow writes whatever it is told
