@@ -3,6 +3,7 @@ PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
 QUICK ?=
+SEEDS ?=
 
 UV_VERSION := 0.13.9
 UV := build/uv/bin/uv
@@ -118,9 +119,9 @@ check: $(READY)
 bench-features: $(READY) servers
 	@$(BIN)/python -W ignore -m benchmarks.features $(if $(QUICK),--quick)
 
-# Every recall model and loss beside baselines, 3 seeds each, in two to three hours; QUICK=1 is a smaller form.
+# Every recall model and loss beside baselines, 3 seeds each (SEEDS=1: the first), in five hours; QUICK=1 is a smaller form.
 bench-recall: $(READY) $(PEERS)
-	@$(BIN)/python -W ignore -m benchmarks.recall $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
+	@$(BIN)/python -W ignore -m benchmarks.recall $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data "$(DATA)")
 
 # Look-alike on new items beside other scores, with the simulator's audience, and how fast, in an hour; QUICK=1 is a smaller form.
 bench-ralm: $(READY)

@@ -11,25 +11,30 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
+FIGURES = ROOT / "benchmarks" / "figures"
+"""Where those of hours are kept, under version control: a table can be made again, and a run goes on elsewhere."""
+
 
 def once(
     folder: Path, name: str, spec: Mapping[str, Any], modules: Iterable[str], measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `measure` gives, from `folder` if it is there of the same spec and the same code.
+    """What `measure` gives, from `folder` if it is there of the same spec and the same code; those of other code go.
 
     Args:
         name: how the file's name begins.
         spec: all that the figures depend on besides the code.
         modules: those whose code they depend on, with all that these import of the library.
     """
-    text = json.dumps({**spec, "code": code(sources(modules))}, sort_keys=True)
-    kept = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    of_spec = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+    kept = folder / f"{name}-{of_spec}-{code(sources(modules))[:12]}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     found = measure()
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = kept.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(found))
+    for former in folder.glob(f"{name}-{of_spec}-*.json"):
+        former.unlink()
     unfinished.replace(kept)
     return found
 

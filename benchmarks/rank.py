@@ -1,7 +1,7 @@
 """Every rank model on KuaiRand-Pure beside gradient-boosted trees on the same features, five seeds each.
 
 `make bench-rank DATA=path/to/KuaiRand-Pure` prints the tables and writes build/bench/rank.json; QUICK=1 is a smaller
-form of it. What was measured stays in build/bench/rank: a run that was stopped goes on, until the code changes.
+form of it. What was measured stays in benchmarks/figures/rank: a run that was stopped goes on, until the code changes.
 KuaiRand tells no place on the screen: there the position tower learns one bias for all rows.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import t as students
 
-from benchmarks.kept import code, once, window
+from benchmarks.kept import FIGURES, code, once, window
 from benchmarks.recall import make_examples, spread
 from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
@@ -101,7 +101,8 @@ def main() -> None:
 
     measured = {TREES: trees(examples, folder, seeds, arguments.quick)}
     pairs = [(trial, seed) for seed in seeds for trial in asked]
-    calls = [(trial, seed, examples, folder) for trial, seed in pairs]
+    kept = folder if arguments.quick else FIGURES / "rank"
+    calls = [(trial, seed, examples, kept) for trial, seed in pairs]
     found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
     for (trial, _), of_trial in zip(pairs, found, strict=True):
         measured.setdefault(trial.name, []).append(of_trial)

@@ -1,7 +1,8 @@
 """Every recall model and every loss on KuaiRand-Pure, beside popularity, item-item CF and iALS.
 
 `make bench-recall DATA=path/to/KuaiRand-Pure` prints the table and writes build/bench/recall.json; QUICK=1 is a smaller
-form of it. What was measured stays in build/bench/recall: a run that was stopped goes on, until the code changes.
+form of it, SEEDS=1 leaves the other seeds out. What was measured stays in benchmarks/figures/recall: a run that was
+stopped goes on, until the code changes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from benchmarks.kept import once, window
+from benchmarks.kept import FIGURES, once, window
 from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from feature_repo.store import historical, refresh
@@ -102,23 +103,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="a KuaiRand-Pure directory, as its authors publish it")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS), metavar="1-3")
     arguments = parser.parse_args()
     if not arguments.quick and arguments.data is None:
         sys.exit("Say where the data is: make bench-recall DATA=path/to/KuaiRand-Pure (see the README)")
     print(machine(), flush=True)
     folder = BUILD / ("recall-quick" if arguments.quick else "recall")
     examples = make_examples(folder / "examples", None if arguments.quick else arguments.data)
-    seeds = SEEDS[:1] if arguments.quick else SEEDS
+    figures = folder if arguments.quick else FIGURES / "recall"
+    seeds = SEEDS[: 1 if arguments.quick else arguments.seeds]
     asked = (
         [Trial("youtube_dnn", "youtube_dnn", {"epochs": 1})] if arguments.quick else trials(LOSSES, MODELS, VARIANTS)
     )
 
     measured: dict[str, list[dict[str, Any]]] = peers(examples, folder)
     pairs = [(trial, seed) for seed in seeds for trial in asked]
-    calls = [(trial, seed, examples, folder) for trial, seed in pairs]
+    calls = [(trial, seed, examples, figures) for trial, seed in pairs]
     found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
-    for (trial, _), figures in zip(pairs, found, strict=True):
-        measured.setdefault(trial.name, []).append(figures)
+    for (trial, _), of_trial in zip(pairs, found, strict=True):
+        measured.setdefault(trial.name, []).append(of_trial)
     report(measured, [trial.name for trial in asked], goal=None if arguments.quick else 1.0)
 
 

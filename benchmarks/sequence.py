@@ -1,8 +1,8 @@
 """Every sequence model on Amazon Beauty, leave-one-out, beside popularity, item-item CF and a published table.
 
 `make bench-sequence DATA=path/to/beauty.txt` prints the table and writes build/bench/sequence.json; QUICK=1 is a
-smaller form of it on simulated histories. What was measured stays in build/bench/sequence: a run that was stopped goes
-on, until the code changes. Which model is best, the validation items say; it gets more seeds.
+smaller form of it on simulated histories. What was measured stays in benchmarks/figures/sequence: a run that was
+stopped goes on, until the code changes. Which model is best, the validation items say; it gets more seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from benchmarks.kept import once, window
+from benchmarks.kept import FIGURES, once, window
 from benchmarks.leave_one_out import BASELINES, of_baseline, of_model, read, write
 from benchmarks.recall import Trial, spread
 from benchmarks.side_by_side import each
@@ -77,17 +77,17 @@ def main() -> None:
     if not (examples / "window.json").exists():
         shutil.rmtree(examples, ignore_errors=True)
         write(simulated() if arguments.quick else read(arguments.data), examples)
+    kept = folder if arguments.quick else FIGURES / "sequence"
     asked = QUICK if arguments.quick else TRIALS
     measured: dict[str, list[dict[str, Any]]] = {
         name: [{part: of_baseline(answer, examples, part)._asdict() for part in SLICES}]
         for name, answer in BASELINES.items()
     }
-    _measure_all(
-        [(trial, seed) for seed in SEEDS[: 1 if arguments.quick else None] for trial in asked], examples, measured
-    )
+    pairs = [(trial, seed) for seed in SEEDS[: 1 if arguments.quick else None] for trial in asked]
+    _measure_all(pairs, examples, kept, measured)
     best = max(asked, key=lambda trial: mean(measured[trial.name], "validation", "ndcg"))
     if not arguments.quick:
-        _measure_all([(best, seed) for seed in MORE_SEEDS], examples, measured)
+        _measure_all([(best, seed) for seed in MORE_SEEDS], examples, kept, measured)
     report(measured, best.name, {} if arguments.quick else PUBLISHED, goal=None if arguments.quick else 1.0)
 
 
@@ -102,15 +102,17 @@ def simulated(users: int = 400, items: int = 200, seed: int = 0) -> list[np.ndar
     ]
 
 
-def _measure_all(pairs: Sequence[tuple[Trial, int]], examples: Path, measured: dict[str, list[dict[str, Any]]]) -> None:
-    calls = [(trial, seed, examples) for trial, seed in pairs]
+def _measure_all(
+    pairs: Sequence[tuple[Trial, int]], examples: Path, kept: Path, measured: dict[str, list[dict[str, Any]]]
+) -> None:
+    calls = [(trial, seed, examples, kept) for trial, seed in pairs]
     found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
     for (trial, _), figures in zip(pairs, found, strict=True):
         measured.setdefault(trial.name, []).append(figures)
 
 
-def measure(trial: Trial, seed: int, examples: Path) -> dict[str, Any]:
-    """Figures of one training by slice, and its seconds; taken from where the examples lie if they are there."""
+def measure(trial: Trial, seed: int, examples: Path, kept: Path) -> dict[str, Any]:
+    """Figures of one training by slice, and its seconds; taken from `kept` if they are there."""
 
     def measured() -> dict[str, Any]:
         keras.backend.clear_session()
@@ -126,7 +128,7 @@ def measure(trial: Trial, seed: int, examples: Path) -> dict[str, Any]:
 
     spec = {"model": trial.model, "overrides": dict(trial.overrides), "seed": seed, "window": window(examples)}
     modules = ("penstock.training", f"penstock.recall.{trial.model}")
-    return once(examples.parent, trial.model, spec, modules, measured)
+    return once(kept, trial.model, spec, modules, measured)
 
 
 def mean(runs: Sequence[Mapping[str, Any]], part: str, figure: str) -> float:

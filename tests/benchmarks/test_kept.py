@@ -15,6 +15,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     assert once(tmp_path, "a", {"seed": 1}, modules, measure) == {"figure": 1}
     assert once(tmp_path, "a", {"seed": 2}, modules, measure) == {"figure": 2}
     assert once(tmp_path, "a", {"seed": 1}, ["penstock.layers.experts"], measure) == {"figure": 3}
+    assert len(list(tmp_path.iterdir())) == 2  # that of other code is gone
 
 
 def test_code_is_what_runs(tmp_path):
