@@ -40,6 +40,8 @@ APPROVERS = [{"id": "admin", "name": "admin"}]
 
 def primary_line(verdict: dict[str, Any]) -> str:
     """The figure that the policy decides by, candidate and opponent, in Markdown; nothing if there is none."""
+    from penstock.policy import measure_in_words
+
     found = verdict["primary"]
     if not found:
         return ""
@@ -47,7 +49,7 @@ def primary_line(verdict: dict[str, Any]) -> str:
     change = found["difference"]
     chance = "" if found["p_value"] is None else f", p = {found['p_value']:.2g}"
     return (
-        f"**{found['measure'].replace('_', ' ')}** of the fused score: **{found['candidate']:.4f}**, {against} "
+        f"**{measure_in_words(found['measure'])}** of the fused score: **{found['candidate']:.4f}**, {against} "
         f"{found['opponent_value']:.4f}: {change['value']:+.4f} ({verdict['policy']['confidence']:.0%} interval "
         f"{change['low']:+.4f} to {change['high']:+.4f}{chance})"
     )

@@ -26,6 +26,7 @@ from penstock.fusion import OBJECTIVE
 from penstock.intervals import Estimate, Figure, Interval, Resampled
 from penstock.metrics import Array, MetricError
 from penstock.policy import Config as Policy
+from penstock.policy import measure_in_words
 
 RECALL = "recall@50"
 REHEARSED = ("a fresh server answers", "served scores are the training graph's", "answers in time")
@@ -334,14 +335,6 @@ def _ends(found: Interval, by: Policy) -> str:
 
 def _change(found: Interval, by: Policy) -> str:
     return f"{found.value:+.4f}, {by.confidence:.0%} interval {found.low:+.4f} to {found.high:+.4f}"
-
-
-def measure_in_words(measure: str) -> str:
-    """How a figure of the fused score is called in a sentence."""
-    if measure == OBJECTIVE:
-        return "mean AUC"
-    kind, label = measure.split("_", 1)
-    return f"{kind.upper()} of {label}"
 
 
 def _comparisons(

@@ -23,6 +23,14 @@ def fused_measure(name: str) -> bool:
     return name == OBJECTIVE or _FUSED.fullmatch(name) is not None
 
 
+def measure_in_words(measure: str) -> str:
+    """How a figure of the fused score is called in a sentence."""
+    if measure == OBJECTIVE:
+        return "mean AUC"
+    kind, label = measure.split("_", 1)
+    return f"{kind.upper()} of {label}"
+
+
 @dataclass(frozen=True)
 class Config:
     """The thresholds. Differences are candidate - champion (or a baseline); "the low end" is that of their interval.

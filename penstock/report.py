@@ -20,9 +20,9 @@ from matplotlib.ticker import MaxNLocator
 
 from penstock import fusion, metrics, page
 from penstock.events import LABELS
-from penstock.gate import RECALL, REHEARSED, measure_in_words
+from penstock.gate import RECALL, REHEARSED
 from penstock.metrics import Array, Integers, MetricError
-from penstock.policy import RECALL_MEASURES
+from penstock.policy import RECALL_MEASURES, measure_in_words
 from penstock.policy import Config as Policy
 
 NOT_COMPUTED = "Not computed: the candidate was rejected before any figure could mean something."

@@ -109,7 +109,8 @@ class ExpertMixture(keras.layers.Layer):
             self.gate.build(inputs_shape)
 
     def call(self, inputs: Any, outputs: Any, training: bool | None = None) -> Any:
-        return ops.einsum("be,bed->bd", self.gates(inputs, training), outputs)
+        # a product of small matrices for each row takes longer than one pass over all of them
+        return ops.sum(ops.expand_dims(self.gates(inputs, training), -1) * outputs, axis=1)
 
     def gates(self, inputs: Any, training: bool | None = None) -> Any:
         """The share of each expert, `[batch, experts]`; shares sum to 1."""

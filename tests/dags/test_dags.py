@@ -262,7 +262,7 @@ def test_the_tables_a_person_decides_by() -> None:
     primary = {"measure": "mean_auc", "candidate": 0.7, "opponent": "champion", "opponent_value": 0.68}
     primary |= {"difference": difference, "p_value": 0.00123}
     assert primary_line({"champion": 3, "primary": primary, "policy": policy}) == (
-        "**mean auc** of the fused score: **0.7000**, release 3 0.6800: +0.0200 "
+        "**mean AUC** of the fused score: **0.7000**, release 3 0.6800: +0.0200 "
         "(95% interval +0.0110 to +0.0290, p = 0.0012)"
     )
     by_draws = primary | {"measure": "gauc_click", "opponent": "single head", "p_value": None}

@@ -76,11 +76,13 @@ def test_adam_that_touches_every_row_at_each_step_is_adam():
 
 
 @pytest.mark.parametrize(("ours", "stock"), [(Adagrad, keras.optimizers.Adagrad), (Adam, keras.optimizers.Adam)])
-def test_dense_gradients_take_the_way_of_keras(ours, stock):
+def test_dense_gradients_are_applied_as_keras_applies_them(ours, stock):
     arguments = ADAGRAD if ours is Adagrad else {}
-    np.testing.assert_array_equal(
-        _steps(ours(0.1, **arguments), BATCHES, dense=True)[0], _steps(stock(0.1, **arguments), BATCHES, dense=True)[0]
-    )
+    after, state = _steps(ours(0.1, **arguments), BATCHES * 3, dense=True)
+    keras_alone, dense_state = _steps(stock(0.1, **arguments), BATCHES * 3, dense=True)
+    np.testing.assert_allclose(after, keras_alone, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(state, dense_state, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4)  # 1 − β₂ is that of float32
 
 
 @settings(max_examples=15, deadline=None)
