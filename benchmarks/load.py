@@ -107,13 +107,22 @@ class Measured:
 
     Attributes:
         seconds: of each request; of an open loop from when it was due.
-        failures: answers other than 200, and those that something was left out of.
+        failed: answers other than 200.
         took: seconds from the first to the last.
+        degraded: answers that something was left out of.
     """
 
     seconds: list[float] = field(default_factory=list)
-    failures: int = 0
+    failed: int = 0
     took: float = 0.0
+    degraded: int = 0
+
+    def add(self, seconds: float, answer: bytes) -> None:
+        """Takes in what came after so long."""
+        self.seconds.append(seconds)
+        ok = answer.startswith(b"HTTP/1.1 200")
+        self.failed += not ok
+        self.degraded += ok and b'"degraded":[],' not in answer
 
     def ms(self, percent: float) -> float:
         """A percentile of the latency."""
@@ -126,8 +135,9 @@ class Measured:
 
     def __iadd__(self, other: Measured) -> Measured:
         self.seconds += other.seconds
-        self.failures += other.failures
+        self.failed += other.failed
         self.took += other.took
+        self.degraded += other.degraded
         return self
 
 
@@ -144,10 +154,6 @@ def _is_whole(answer: bytes) -> bool:
         return False
     at = head.lower().index(b"content-length:") + len(b"content-length:")
     return len(body) >= int(head[at:].split(b"\r\n", 1)[0])
-
-
-def _is_good(answer: bytes) -> bool:
-    return answer.startswith(b"HTTP/1.1 200") and b'"degraded":[],' in answer
 
 
 def closed_loop(port: int, clients: int, seconds: float, users: int, seed: int = 0) -> Measured:
@@ -170,8 +176,7 @@ def closed_loop(port: int, clients: int, seconds: float, users: int, seed: int =
                     if not part:
                         raise RuntimeError("the gateway has closed a connection")
                     answer += part
-                of.seconds.append(time.perf_counter() - began)
-                of.failures += not _is_good(answer)
+                of.add(time.perf_counter() - began, answer)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
     began = time.perf_counter()
@@ -179,8 +184,11 @@ def closed_loop(port: int, clients: int, seconds: float, users: int, seed: int =
         thread.start()
     for thread in threads:
         thread.join()
-    took = time.perf_counter() - began
-    return Measured([value for part in parts for value in part.seconds], sum(part.failures for part in parts), took)
+    found = Measured()
+    for part in parts:
+        found += part
+    found.took = time.perf_counter() - began
+    return found
 
 
 def open_loop(port: int, rate: float, seconds: float, users: int, seed: int = 0) -> Measured:
@@ -210,8 +218,7 @@ async def _open_loop(port: int, rate: float, seconds: float, users: int, seed: i
             if answer and not part:
                 raise RuntimeError("the gateway has closed a connection")
             answer += part
-        found.seconds.append(time.perf_counter() - at)
-        found.failures += not _is_good(answer)
+        found.add(time.perf_counter() - at, answer)
         idle.append((reader, writer))
 
     asked: set[asyncio.Task[None]] = set()

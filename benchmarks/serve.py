@@ -230,7 +230,7 @@ def main() -> None:
     every = [ours, *loads.values()]
     columns["/s"] = [one.rate for one in every]
     columns |= {f"p{p} ms": [one.ms(p) for one in every] for p in (50, 90, 99)}
-    columns["failed or degraded"] = [one.failures for one in every]
+    columns |= {"failed": [one.failed for one in every], "degraded": [one.degraded for one in every]}
     show_columns("Load on /recommend, impressions logged", columns)
     rows = compare(ours, calls, loads, goals=size is FULL)
     show(f"{title}; p50 × raw by round: {min(ratios):.2f} to {max(ratios):.2f}", rows)

@@ -24,7 +24,7 @@ import psutil
 from scipy.stats import theilslopes
 
 from benchmarks import serving_home
-from benchmarks.load import ROOT, Servers, closed_loop, open_loop, serve
+from benchmarks.load import ROOT, Measured, Servers, closed_loop, open_loop, serve
 from benchmarks.serve import FOLDER
 from benchmarks.table import Comparison, machine, show, show_columns, write
 
@@ -167,9 +167,11 @@ def main() -> None:
         measure = f"{name}: growth an hour (low end of 95 %)"
         rows.append(Comparison(measure, growth[1], mean, "its memory", "MB", at_most=goal))
     show_columns(f"Private memory, {seconds / 60:.1f} minutes at {rate:.0f} requests a second", columns)
-    failures = sum(load.failures for load in loads)
+    whole = Measured()
+    for load in loads:
+        whole += load
     rows.append(Comparison("p99, last minute", loads[-1].ms(99), loads[0].ms(99), "first minute", "ms"))
-    show(f"Soak; {sum(len(load.seconds) for load in loads):,} requests, {failures} failed or degraded", rows)
+    show(f"Soak; {len(whole.seconds):,} requests, {whole.failed} failed, {whole.degraded} degraded", rows)
     if not arguments.quick:
         _draw(sampler, f"{rate:.0f} requests a second, {SHARE:.0%} of the throughput; {where}")
     print(f"written to {write('soak', rows)}")

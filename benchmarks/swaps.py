@@ -139,14 +139,16 @@ def main() -> None:
         {
             "": ["steady", "while releases are swapped"],
             "requests": [len(steady.seconds), len(swapping.seconds)],
-            "failed": [steady.failures, swapping.failures],
+            "failed": [steady.failed, swapping.failed],
+            "degraded": [steady.degraded, swapping.degraded],
             "p50": [steady.ms(50), swapping.ms(50)],
             "p99": [steady.ms(99), swapping.ms(99)],
             "worst": [steady.ms(100), swapping.ms(100)],
         },
     )
     rows = [
-        Comparison("failed requests", swapping.failures, len(swapping.seconds), "all", "requests", at_most=0.0),
+        Comparison("failed requests", swapping.failed, len(swapping.seconds), "all", "requests", at_most=0.0),
+        Comparison("degraded requests", swapping.degraded, len(swapping.seconds), "all", "requests", at_most=0.0),
         Comparison("p99 while swapping", swapping.ms(99), steady.ms(99), "steady", "ms", at_most=2.0),
         Comparison("a promotion, slowest", max(swaps.seconds[:-1]), 5.0, "5 s", "s"),
         Comparison("a rollback", swaps.seconds[-1], 5.0, "5 s", "s", at_most=1.0),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.load import Measured, _is_good, _is_whole, _request, closed_loop, open_loop
+from benchmarks.load import Measured, _is_whole, _request, closed_loop, open_loop
 from benchmarks.serve import _stages
 from benchmarks.soak import flat
 from tests.serving.conftest import serving
@@ -12,9 +12,10 @@ ANSWER = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nContent-Length: 
 
 def test_an_answer_is_whole_when_its_body_is() -> None:
     assert [end for end in range(len(ANSWER) + 1) if _is_whole(ANSWER[:end])] == [len(ANSWER)]
-    assert _is_good(ANSWER)
-    assert not _is_good(ANSWER.replace(b"200", b"503"))
-    assert not _is_good(ANSWER.replace(b"[]", b'["rank"]'))
+    found = Measured()
+    for answer in (ANSWER, ANSWER.replace(b"200", b"503"), ANSWER.replace(b"[]", b'["rank"]')):
+        found.add(0.001, answer)
+    assert (len(found.seconds), found.failed, found.degraded) == (3, 1, 1)
 
 
 def test_a_request_says_how_long_it_is() -> None:
@@ -26,7 +27,7 @@ def test_a_request_says_how_long_it_is() -> None:
 def test_what_clients_saw_adds_up() -> None:
     found = Measured([0.001, 0.003], 1, 2.0)
     found += Measured([0.002], 0, 1.0)
-    assert (found.ms(50), found.rate, found.failures) == (pytest.approx(2.0), 1.0, 1)
+    assert (found.ms(50), found.rate, found.failed) == (pytest.approx(2.0), 1.0, 1)
 
 
 def test_the_stages_and_the_rest_are_the_whole() -> None:
@@ -81,4 +82,4 @@ def test_loops_ask_and_count() -> None:
         assert len(closed.seconds) > 2
         opened = open_loop(port, 200.0, 0.2, 10)
         assert len(opened.seconds) == 40
-    assert closed.failures == opened.failures == 0
+    assert closed.failed == opened.failed == closed.degraded == opened.degraded == 0
