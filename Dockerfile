@@ -1,6 +1,7 @@
 # The images of a cluster, on one environment, a layer that all of them share:
 #   step      what a Kubeflow component runs in        gateway   what answers requests, and Feast's feature server
-#   airflow   scheduler, triggerer, API, DAG processor gpu-step  a step with CUDA
+#   airflow   triggerer, API, DAG processor, tasks      gpu-step  a step with CUDA
+# and of an environment of its own: scheduler, which starts a pod for each task of Airflow
 # make image, or docker build --target step -t penstock/step:0.1.0 .
 # The builder that comes before BuildKit makes every stage above its target: what is large comes last.
 ARG BASE=python:3.11-slim-bookworm
@@ -67,6 +68,32 @@ EXPOSE 8080
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/api/v2/monitor/health', timeout=9)"]
 CMD ["airflow", "api-server"]
+
+# The executor for Kubernetes wants a newer client of Kubernetes than KFP's client allows. A scheduler runs nothing of ours.
+FROM environment AS executor
+COPY requirements-scheduler.lock /tmp/requirements-scheduler.lock
+RUN export ${INDEX:+UV_DEFAULT_INDEX=${INDEX}} \
+ && /opt/uv/bin/uv venv --no-python-downloads --python python3 /opt/airflow/.venv \
+ && /opt/uv/bin/uv pip sync --no-cache --compile-bytecode --require-hashes \
+      --python /opt/airflow/.venv/bin/python /tmp/requirements-scheduler.lock
+
+FROM ${BASE} AS scheduler
+RUN useradd --create-home --uid 10001 penstock
+COPY --from=executor /opt/airflow/.venv /opt/airflow/.venv
+ENV PATH=/opt/airflow/.venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    AIRFLOW__CORE__LOAD_EXAMPLES=False
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Penstock" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.description="The scheduler of Penstock's Airflow on Kubernetes"
+USER penstock
+EXPOSE 8974
+HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \
+  CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8974/health', timeout=9)"]
+CMD ["airflow", "scheduler", "--skip-serve-logs"]
 
 # The libraries of CUDA that this TensorFlow is made for, beside the environment; the driver is the node's.
 FROM environment AS cuda

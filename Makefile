@@ -17,7 +17,7 @@ INDEX = $(or $(UV_DEFAULT_INDEX),$(shell $(PYTHON) -m pip config get global.inde
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BASE ?=
-IMAGES ?= step gateway airflow
+IMAGES ?= step gateway airflow scheduler
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
@@ -212,6 +212,10 @@ lock: | $(UV)
 	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes -c requirements.lock \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header build/gpu.in \
 		| awk '/^[^ ]/ { cuda = /^nvidia-/ } cuda' > requirements-gpu.lock
+	@grep -oE '^[a-z0-9.-]+==[^ ]+' requirements.lock | grep -v '^kubernetes==' > build/scheduler.constraints
+	@{ echo "$$(grep -oE '"apache-airflow==[^"]+' pyproject.toml | tr -d '"')"; echo apache-airflow-providers-cncf-kubernetes; echo 'psycopg[binary]'; } > build/scheduler.in
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes -c build/scheduler.constraints \
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header build/scheduler.in -o requirements-scheduler.lock
 
 # The images of the Dockerfile, all but that of GPUs; BASE= where no registry can be reached (deploy/image-base.sh makes one).
 image:

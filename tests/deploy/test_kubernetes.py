@@ -3,51 +3,40 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
 
 from serving.settings import from_environment
+from tests.deploy.manifests import (
+    BASE,
+    KUBERNETES,
+    ROOT,
+    VERSIONS,
+    Resource,
+    assert_restricted,
+    containers,
+    documents,
+    files_named,
+    named,
+    needs_kubectl,
+    pod,
+    rendered,
+    resources,
+    secrets,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-BASE = ROOT / "deploy" / "kubernetes" / "base"
-OVERLAYS = sorted((BASE.parent / "overlays").iterdir())
-VERSIONS = ("1.29", "1.33", kubernetes_validate.latest_version())
+OVERLAYS = [KUBERNETES / "overlays" / "local"]
 SERVICES = {"gateway", "tf-serving", "redis", "features"}
-
-Resource = dict[str, Any]
-
-
-def documents(path: Path) -> list[Resource]:
-    return [one for one in yaml.safe_load_all(path.read_text()) if one]
-
-
 KUSTOMIZATION: Resource = documents(BASE / "kustomization.yaml")[0]
-RESOURCES = [one for name in KUSTOMIZATION["resources"] for one in documents(BASE / name)]
+RESOURCES = resources(BASE)
 WORKLOADS = [one for one in RESOURCES if one["kind"] in ("Deployment", "StatefulSet")]
 
 
 def of_kind(kind: str) -> dict[str, Resource]:
     return {one["metadata"]["name"]: one for one in RESOURCES if one["kind"] == kind}
-
-
-def pod(workload: Resource) -> Resource:
-    spec: Resource = workload["spec"]["template"]["spec"]
-    return spec
-
-
-def containers(workload: Resource) -> list[Resource]:
-    return [*pod(workload)["containers"], *pod(workload).get("initContainers", [])]
-
-
-def named(one: Resource) -> str:
-    return f"{one['kind']}/{one['metadata']['name']}"
 
 
 each_workload = pytest.mark.parametrize("workload", WORKLOADS, ids=named)
@@ -68,11 +57,8 @@ def test_a_wrong_key_is_found() -> None:
 def test_a_kustomization_names_every_file_there_is_and_no_other() -> None:
     for folder in (BASE, *OVERLAYS):
         (found,) = documents(folder / "kustomization.yaml")
-        files = [name for made in found.get("configMapGenerator", []) for name in made.get("files", [])]
-        patches = [patch["path"] for patch in found.get("patches", [])]
-        resources = [name for name in found["resources"] if not (folder / name).is_dir()]
-        told = [*resources, *files, *patches]
-        assert sorted(told) == sorted(path.name for path in folder.iterdir() if path.name != "kustomization.yaml")
+        there = sorted(path.name for path in folder.iterdir() if path.name != "kustomization.yaml")
+        assert sorted(files_named(folder)) == there
         assert all((folder / name).exists() for name in found["resources"])
 
 
@@ -90,17 +76,7 @@ def test_a_workload_can_do_nothing_but_its_work(workload: Resource) -> None:
     assert spec["serviceAccountName"] == name
     assert spec["automountServiceAccountToken"] is False
     assert of_kind("ServiceAccount")[name]["automountServiceAccountToken"] is False
-    assert spec["securityContext"]["runAsNonRoot"] is True
-    assert spec["securityContext"]["runAsUser"] > 0
-    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert not {"hostNetwork", "hostPID", "hostIPC", "hostAliases"} & set(spec)
-    assert not [volume for volume in spec["volumes"] if "hostPath" in volume]
-    for container in containers(workload):
-        context = container["securityContext"]
-        assert context["allowPrivilegeEscalation"] is False
-        assert context["readOnlyRootFilesystem"] is True
-        assert context["capabilities"] == {"drop": ["ALL"]}
-        assert not {"privileged", "runAsUser"} & set(context)
+    assert_restricted(workload)
     assert of_kind("Namespace")["penstock"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
@@ -161,30 +137,14 @@ def test_what_a_workload_names_is_there(workload: Resource) -> None:
     assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
 
 
-def secrets() -> Iterator[tuple[str, str]]:
-    for workload in WORKLOADS:
-        for container in containers(workload):
-            for variable in container.get("env", []):
-                found = variable.get("valueFrom", {}).get("secretKeyRef")
-                if found:
-                    assert "optional" not in found  # without it the pod does not start
-                    yield found["name"], found["key"]
-
-
 def test_secrets_are_named_and_never_made() -> None:
-    assert set(secrets()) == {("penstock-gateway", "token"), ("penstock-redis", "password")}
+    assert set(secrets(WORKLOADS)) == {("penstock-gateway", "token"), ("penstock-redis", "password")}
     for folder in (BASE, *OVERLAYS):
         assert "secretGenerator" not in documents(folder / "kustomization.yaml")[0]
         for path in folder.glob("*.yaml"):
             assert not [one for one in documents(path) if isinstance(one, dict) and one.get("kind") == "Secret"]
-    # what looks like one has its value from a secret
-    for workload in WORKLOADS:
-        for container in containers(workload):
-            for variable in container.get("env", []):
-                if re.search("TOKEN|PASSWORD|AUTH", variable["name"]):
-                    assert "value" not in variable
     docs = (ROOT / "docs" / "kubernetes.md").read_text()
-    for name, key in secrets():
+    for name, key in secrets(WORKLOADS):
         assert f"create secret generic {name} --from-literal={key}=" in docs
 
 
@@ -282,16 +242,14 @@ def test_tf_serving_starts_with_what_was_loaded_and_without_anything(tmp_path: P
     assert sorted(found.model_version_policy.specific.versions) == [7, 12]
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl renders kustomizations, and is not here")
+@needs_kubectl
 @pytest.mark.parametrize("folder", [BASE, *OVERLAYS], ids=lambda folder: folder.name)
 def test_a_rendered_kustomization_is_valid(folder: Path) -> None:
-    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rendered = [one for one in yaml.safe_load_all(done.stdout) if one]
+    found = rendered(folder)
     maps = len(KUSTOMIZATION["configMapGenerator"])
-    assert len(rendered) == len(RESOURCES) + maps
-    names = {one["metadata"]["name"] for one in rendered}
-    for one in rendered:
+    assert len(found) == len(RESOURCES) + maps
+    names = {one["metadata"]["name"] for one in found}
+    for one in found:
         kubernetes_validate.validate(one, VERSIONS[-1], strict=True)
         assert one["kind"] == "Namespace" or one["metadata"]["namespace"] == "penstock"
         if one["kind"] in ("Deployment", "StatefulSet"):
