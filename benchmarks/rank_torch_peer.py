@@ -139,6 +139,9 @@ def dropped(logits: torch.Tensor) -> torch.Tensor:
 def main(form: str, folder: Path, warm_up: int, steps: int) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # of the CPU it would cost each operation a look
+        torch.set_default_device(device)
     made = Made.read(folder)
     ids = [column.name for side in SIDES for column in made.of(side, "id", "ids")]
     inputs = {name: torch.from_numpy(made.inputs[name]) for name in ids}
@@ -156,13 +159,13 @@ def main(form: str, folder: Path, warm_up: int, steps: int) -> None:
         ]
     else:
         optimizers = [torch.optim.Adam([*join.parameters(), *net.parameters()], LEARNING_RATE)]
-    order = torch.randperm(len(labels))
+    order = torch.randperm(len(labels), device="cpu")
     milliseconds, losses = [], []
     for step in range(warm_up + steps):
         started = time.perf_counter()
         rows = order[step * BATCH : (step + 1) * BATCH]
-        logits = net(join({name: values[rows] for name, values in inputs.items()}))
-        loss = functional.binary_cross_entropy_with_logits(logits, labels[rows], reduction="sum") / BATCH
+        logits = net(join({name: values[rows].to(device) for name, values in inputs.items()}))
+        loss = functional.binary_cross_entropy_with_logits(logits, labels[rows].to(device), reduction="sum") / BATCH
         for one in optimizers:
             one.zero_grad(set_to_none=True)
         loss.backward()

@@ -55,10 +55,13 @@ def loss_of(
 def main(folder: Path, optimizer: str, warm_up: int, steps: int) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # of the CPU it would cost each operation a look
+        torch.set_default_device(device)
     made = Made.read(folder)
     history, positives = torch.from_numpy(made.history), torch.from_numpy(made.positives)
-    keep, alias = torch.from_numpy(made.keep).float(), torch.from_numpy(made.alias)
-    log_q = torch.from_numpy(made.log_q) + torch.log(torch.tensor(float(SAMPLE)))
+    keep, alias = torch.from_numpy(made.keep).float().to(device), torch.from_numpy(made.alias).to(device)
+    log_q = torch.from_numpy(made.log_q).to(device) + torch.log(torch.tensor(float(SAMPLE)))
     model = YouTubeDNN(made.vocabulary + FIRST)
     tables = [model.history.weight, model.items.weight]
     rate = LEARNING_RATE[optimizer]
@@ -70,10 +73,11 @@ def main(folder: Path, optimizer: str, warm_up: int, steps: int) -> None:
     for step in range(warm_up + steps):
         started = time.perf_counter()
         rows = slice(step * BATCH, (step + 1) * BATCH)
+        read, wanted = history[rows].to(device), positives[rows].to(device)
         column = torch.randint(made.vocabulary, (SAMPLE,), dtype=torch.int32)
         negatives = torch.where(torch.rand(SAMPLE) < keep[column], column, alias[column]) + FIRST
-        query, vectors = model(history[rows], torch.cat([positives[rows], negatives]))
-        loss = loss_of(query, vectors, positives[rows], negatives, log_q)
+        query, vectors = model(read, torch.cat([wanted, negatives]))
+        loss = loss_of(query, vectors, wanted, negatives, log_q)
         for one in optimizers:
             one.zero_grad(set_to_none=True)
         loss.backward()

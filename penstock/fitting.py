@@ -6,10 +6,11 @@ killed and goes on from its last epoch ends as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from penstock import distribution
 from penstock.durable import sync_file
 
 PROGRESS_SECONDS = 10.0
+
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+"""Keras's names: `mixed_…` computes in half the bits, with weights, moments and losses in float32."""
 
 
 class TrainingError(ValueError):
@@ -38,6 +43,23 @@ class Settings:
     patience: int = 1
 
 
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Layers that are made within compute in a precision of `PRECISIONS`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}: there are {', '.join(PRECISIONS)}")
+    former = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(former)
+
+
 class Rows:
     """Rows in memory, given out in batches of `(inputs, targets)`.
 
@@ -47,7 +69,8 @@ class Rows:
     """
 
     def __init__(self, inputs: Mapping[str, np.ndarray], targets: Any, batch_size: int) -> None:
-        self._held = tf.nest.map_structure(tf.constant, (dict(inputs), targets))
+        with tf.device("CPU:0"):  # batches are made there: a GPU would hold all rows and give them back for each
+            self._held = tf.nest.map_structure(tf.constant, (dict(inputs), targets))
         self.batch_size = batch_size
         self.count = len(next(iter(inputs.values())))
 
@@ -58,10 +81,40 @@ class Rows:
 
     def batches(self, order: np.ndarray | None = None) -> tf.data.Dataset:
         """The batches, with the rows in some order `[rows]` or their own."""
-        rows = tf.constant(np.arange(self.count) if order is None else order)
-        size = self.batch_size
-        starts = tf.data.Dataset.range(0, len(rows), size)
-        return starts.map(lambda start: self._take(rows[start : start + size]), num_parallel_calls=2).prefetch(2)
+        rows = np.arange(self.count) if order is None else order
+        starts = np.arange(0, len(rows), self.batch_size)
+        return self._cut(rows, starts, np.minimum(starts + self.batch_size, len(rows)))
+
+    def shared(self, order: np.ndarray) -> tf.data.Dataset | tf.distribute.DistributedDataset:
+        """The batches of an epoch, each in equal parts for the replicas in force; whole for a single one.
+
+        The last is filled up from the first rows of the epoch until it can be shared.
+
+        Raises:
+            TrainingError: a batch cannot be shared evenly.
+        """
+        replicas = distribution.replicas()
+        if replicas == 1:
+            return self.batches(order)
+        if self.batch_size % replicas:
+            raise TrainingError(f"a batch_size of {self.batch_size} cannot be shared evenly by {replicas} devices")
+        rows = np.resize(order, -(-len(order) // replicas) * replicas)
+        starts = np.arange(0, len(rows), self.batch_size)[:, None]
+        parts = (np.minimum(starts + self.batch_size, len(rows)) - starts) // replicas
+        starts = starts + parts * np.arange(replicas)
+
+        def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
+            here = replicas // context.num_input_pipelines
+            mine = slice(context.input_pipeline_id * here, (context.input_pipeline_id + 1) * here)
+            return self._cut(rows, starts[:, mine].ravel(), (starts + parts)[:, mine].ravel())
+
+        return tf.distribute.get_strategy().distribute_datasets_from_function(of_worker)
+
+    def _cut(self, order: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tf.data.Dataset:
+        """One batch after another, each of the rows from a start to an end of the order."""
+        rows = tf.constant(order)
+        edges = tf.data.Dataset.from_tensor_slices((starts, ends))
+        return edges.map(lambda start, end: self._take(rows[start:end]), num_parallel_calls=2).prefetch(2)
 
     def _take(self, index: tf.Tensor) -> Any:
         return tf.nest.map_structure(lambda array: tf.gather(array, index), self._held)
@@ -167,10 +220,15 @@ def fit(
 ) -> list[dict[str, float]]:
     """Fits a compiled model, keeps the weights of its best epoch by `measure`, and returns one row an epoch.
 
+    Of several workers all call it alike; the chief's figures decide for all, and the chief alone writes the checkpoint,
+    which all read.
+
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a worker does not see the chief's checkpoint.
     """
     best, history = checkpoint.restore(model) if checkpoint else ([], [])
+    if distribution.of_chief({"epochs": len(history)}) != {"epochs": len(history)}:
+        raise TrainingError("this worker has another checkpoint than the chief: workers share its directory")
     if history:
         print(f"goes on after epoch {len(history)} of {settings.epochs}", flush=True)
     for epoch in range(len(history), settings.epochs):
@@ -180,15 +238,16 @@ def fit(
         order = np.random.default_rng([seed, epoch]).permutation(train.count)
         title = f"epoch {epoch + 1}/{settings.epochs}"
         progress = _Progress(title, train)
-        fitted = model.fit(train.batches(order), callbacks=[progress], shuffle=False, verbose=0)
-        row = {"epoch": epoch + 1, **{name: float(values[0]) for name, values in fitted.history.items()}}
+        fitted = model.fit(train.shared(order), callbacks=[progress], shuffle=False, verbose=0)
+        row = {name: float(values[0]) for name, values in fitted.history.items()}
         row |= {name: float(value) for name, value in measure.figures().items()}
+        row = {"epoch": epoch + 1, **distribution.of_chief(row)}
         if not all(np.isfinite(value) for value in row.values()):
             raise TrainingError("the loss is not finite: lower the learning rate, or look at the features")
         history = [*history, row]
         if _best(history, measure) == len(history):
             best = [np.array(weight) for weight in model.get_weights()]
-        if checkpoint:
+        if checkpoint and distribution.is_chief():
             checkpoint.save(model, best, history)
         each = time.monotonic() - started
         print(

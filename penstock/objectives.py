@@ -29,6 +29,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops, random
 
+from penstock import distribution
 from penstock.examples import FIRST
 from penstock.losses import ranking, sampled
 from penstock.losses.gramian import AverageGramian, OnlineGramian, gravity, quadratic
@@ -124,11 +125,12 @@ class InBatch(Objective):
         self._log_q = log_q
 
     def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
-        log_q = None
+        batch, log_q = distribution.gathered(positives), None
         if self._log_q:
-            self.frequency.update(positives)
-            log_q = self.frequency.log_probability(positives)
-        return ops.mean(sampled.in_batch_softmax(queries, item_tower(positives), positives, log_q))
+            self.frequency.update(batch)
+            log_q = self.frequency.log_probability(batch)
+        first = distribution.place() * tf.size(positives) if distribution.replicas() > 1 else None
+        return ops.mean(sampled.in_batch_softmax(queries, item_tower(batch), batch, log_q, first))
 
 
 class NCE(_Drawn):

@@ -14,6 +14,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from penstock import distribution
+
 _ALL_ROWS = ("weight_decay", "use_ema", "gradient_accumulation_steps", "loss_scale_factor", "amsgrad")
 
 
@@ -36,6 +38,8 @@ class _ByRow:
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         rate = ops.cast(learning_rate, variable.dtype)
         if _is_sparse(gradient):
+            if distribution.replicas() > 1:
+                gradient = _summed(gradient)  # each replica's rows occur once, and stand one behind the other
             self._update_rows(gradient.indices, ops.cast(gradient.values, variable.dtype), variable, rate)
         elif keras.config.backend() == "tensorflow":
             self._update_all(ops.cast(gradient, variable.dtype), variable, rate)
@@ -121,8 +125,21 @@ class Adam(_ByRow, keras.optimizers.Adam):
         )
 
 
-def build(name: str, learning_rate: Any) -> keras.optimizers.Optimizer:
-    """The optimiser of a name, at a rate or a schedule of rates.
+@keras.saving.register_keras_serializable("penstock")
+class LossScale(keras.optimizers.LossScaleOptimizer):
+    """Keras's dynamic loss scaling, which leaves out a step whose gradients are not finite in float16.
+
+    Keras would look at whole tables, and each replica at its own gradients alone: here the rows that there are count,
+    and all replicas leave out a step or none. Micikevicius et al., ICLR 2018, section 3.2.
+    """
+
+    def check_finite(self, grads: list[Any]) -> Any:
+        finite = super().check_finite([gradient.values if _is_sparse(gradient) else gradient for gradient in grads])
+        return ops.equal(distribution.summed(ops.cast(ops.logical_not(finite), "float32")), 0.0)
+
+
+def build(name: str, learning_rate: Any, scaled: bool = False) -> keras.optimizers.Optimizer:
+    """The optimiser of a name, at a rate or a schedule of rates, with loss scaling if it is asked for.
 
     Raises:
         ValueError: an unknown name.
@@ -130,7 +147,8 @@ def build(name: str, learning_rate: Any) -> keras.optimizers.Optimizer:
     known = {"adagrad": Adagrad, "adam": Adam}
     if name not in known:
         raise ValueError(f"unknown optimizer {name!r}: there are {', '.join(sorted(known))}")
-    return known[name](learning_rate)
+    optimizer = known[name](learning_rate)
+    return LossScale(optimizer) if scaled else optimizer
 
 
 def _is_sparse(gradient: Any) -> bool:

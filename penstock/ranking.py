@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 import penstock
+from penstock import distribution
 from penstock.calibration import Calibrator
 from penstock.events import LABELS
 from penstock.examples import CONTEXT, Schema, Side
@@ -90,6 +91,7 @@ class RankConfig:
             dropout is learnt, as otherwise more data would not make the passes agree. 0: one without dropout.
         calibration: of each probability on the validation slice, a name in `penstock.calibration`, or `none`.
         learning_rate: at the first step; it falls evenly to `last_rate` times that at the last step of the last epoch.
+        precision: what layers compute in, a name in `penstock.fitting.PRECISIONS`.
     """
 
     dim: int = 32
@@ -117,6 +119,7 @@ class RankConfig:
     learning_rate: float = 0.002
     last_rate: float = 0.02
     patience: int = 1
+    precision: str = "float32"
 
     @property
     def dropout_of_experts(self) -> float:
@@ -203,7 +206,7 @@ class Head(NamedTuple):
     log_variance: Any = None
 
 
-class Ranking(keras.Model):
+class Ranking(distribution.Model):
     """Trains a trunk for its tasks; `scores` is what is served.
 
     Inputs are encoded features by name, and `POSITION` with `RankConfig.position_bias`. Targets are by task, float32
@@ -228,11 +231,14 @@ class Ranking(keras.Model):
         self.towers = dict(trunk.towers)
         self.gates = trunk.gates
         outputs = 2 if config.variance else 1
-        self.heads = {task: keras.layers.Dense(outputs, name=f"head_{task}") for task in config.tasks}
+        # what heads and position add up to is a logit, and losses are of logits: float32 whatever layers compute in
+        self.heads = {task: keras.layers.Dense(outputs, name=f"head_{task}", dtype="float32") for task in config.tasks}
         if config.weighting == "uncertainty":
             self.task_weights = HomoscedasticWeights({task: _kind(task, config) for task in config.tasks})
         if config.position_bias:
-            self.position_bias = PositionBias(config.positions, devices, len(config.tasks), config.position_dropout)
+            self.position_bias = PositionBias(
+                config.positions, devices, len(config.tasks), config.position_dropout, dtype="float32"
+            )
         self.seconds = self.add_weight((), keras.initializers.Constant(seconds), trainable=False, name="seconds")
         self.calibrators: dict[str, Calibrator] = {}
 
@@ -294,7 +300,7 @@ class Ranking(keras.Model):
             losses = self.losses_of(y_pred, y, training, biases)
             weighted = self.config.weighting == "uncertainty"
             total = self.task_weights(losses) if weighted else ops.sum(ops.stack([*losses.values()]))
-        return ops.sum(ops.stack([total, *self.losses]))
+        return distribution.share(ops.sum(ops.stack([total, *self.losses])))
 
     def uncalibrated(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Logits of probabilities and seconds by task, `[batch]`; `TASK_epistemic` and `TASK_aleatoric` if asked for.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from penstock import distribution
 from penstock.fitting import Settings
 from penstock.layers.embedding import Embedding
 
@@ -39,6 +40,7 @@ class RecallConfig:
         examples_per_user: at most so many examples of a user, drawn by the seed, so that those who do much do not
             decide for all (Covington et al. 2016, section 3.4). 0: all.
         last_rate: the share of the learning rate that is left in the last step, towards which it falls linearly.
+        precision: what layers compute in, a name in `penstock.fitting.PRECISIONS`.
     """
 
     dim: int = 32
@@ -61,6 +63,7 @@ class RecallConfig:
     batch_size: int = 512
     epochs: int = 12
     patience: int = 2
+    precision: str = "float32"
 
     @property
     def settings(self) -> Settings:
@@ -85,7 +88,7 @@ class Towers(NamedTuple):
     pairs: keras.layers.Layer | None = None
 
 
-class Retrieval(keras.Model):
+class Retrieval(distribution.Model):
     """Trains `score(user, item) = query(user) · vector(item)` for an objective of `penstock.objectives`.
 
     Targets are `item`, the indices of the positives, and `row`, which of the training examples each is, both int32
@@ -120,9 +123,10 @@ class Retrieval(keras.Model):
             rows = None  # a pair is a part of one
 
         def item_tower(indices: Any) -> Any:
-            return self.item_tower(indices, training=training)
+            return ops.cast(self.item_tower(indices, training=training), "float32")
 
-        return self.objective.loss(y_pred, ops.cast(positives, "int32"), item_tower, rows)
+        y_pred = ops.cast(y_pred, "float32")  # losses are, whatever layers compute in
+        return distribution.share(self.objective.loss(y_pred, ops.cast(positives, "int32"), item_tower, rows))
 
 
 @keras.saving.register_keras_serializable("penstock")

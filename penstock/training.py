@@ -17,10 +17,10 @@ import polars as pl
 import tensorflow as tf
 
 import penstock
-from penstock import calibration, objectives, optimizers, pretraining
+from penstock import calibration, distribution, objectives, optimizers, pretraining
 from penstock.catalogue import Catalogue
 from penstock.examples import FIRST, Schema, encode_ids, read_slice
-from penstock.fitting import Checkpoint, Measure, Rows, TrainingError, check, fit
+from penstock.fitting import Checkpoint, Measure, Rows, TrainingError, check, fit, precision
 from penstock.layers.embedding import Embedding
 from penstock.metrics import log_loss
 from penstock.ranking import BINARY, POSITION, WATCH_TIME, RankConfig, Ranking, check_tasks
@@ -44,10 +44,13 @@ HISTORY = ("history_items", "history_times", "history_sessions")
 _AGE = "_example_age_days"
 
 
+@distribution.scope()
 def train_recall(
     examples: Path, name: str, overrides: Mapping[str, Any], seed: int, out: Path, checkpoint: Path | None = None
 ) -> None:
     """Trains `recall/<name>.py` on the long views of the training slice and writes its directory.
+
+    Of several workers (`penstock.distribution`) all call it alike, and the chief writes.
 
     Args:
         checkpoint: a directory for the state after each epoch, from which a call with the same arguments goes on.
@@ -60,7 +63,8 @@ def train_recall(
     schema = Schema.load(examples / "schema")
     keras.utils.set_random_seed(seed)
     rows = _with_prefixes(_positives(examples, "train", schema), examples, config, seed)
-    model = _build_recall(name, config, schema, examples, rows, seed)
+    with precision(config.precision):
+        model = _build_recall(name, config, schema, examples, rows, seed)
     if model.pairs is not None:
         (read,) = schema.named("history_items")
         rows = _one_for_all(rows, read.length)
@@ -68,7 +72,7 @@ def train_recall(
     check(inputs, {})
     targets = {"item": _items(rows, schema), "row": np.arange(rows.height, dtype=np.int32)}
     train = Rows(inputs, targets, config.batch_size)
-    model.compile(optimizers.build(config.optimizer, _falling(config, train)))
+    model.compile(optimizers.build(config.optimizer, _falling(config, train), config.precision == "mixed_float16"))
     history = fit(
         model,
         train,
@@ -77,13 +81,17 @@ def train_recall(
         seed,
         _checkpoint(checkpoint, examples, name, config, seed),
     )
-    _write(out, model, name, config, seed, examples, history)
+    with distribution.written(out) as folder:
+        _write(folder, model, name, config, seed, examples, history)
 
 
+@distribution.scope()
 def train_rank(
     examples: Path, name: str, overrides: Mapping[str, Any], seed: int, out: Path, checkpoint: Path | None = None
 ) -> None:
     """Trains `rank/<name>.py` on every impression of the training slice and writes its directory.
+
+    Of several workers all call it alike, and the chief writes.
 
     Args:
         checkpoint: as for `train_recall`.
@@ -98,7 +106,8 @@ def train_rank(
     keras.utils.set_random_seed(seed)
     rows = {part: read_slice(examples, part) for part in ("train", "validation")}
     targets = {part: _targets(rows[part], config) for part in rows}
-    model = _build_rank(module, config, schema, _mean_seconds(targets["train"]))
+    with precision(config.precision):
+        model = _build_rank(module, config, schema, _mean_seconds(targets["train"]))
     inputs = {part: _encoded(model.shared, rows[part], schema) for part in rows}
     check(inputs["train"], {task: values for task, values in targets["train"].items() if task in BINARY})
     if config.position_bias:
@@ -121,7 +130,7 @@ def train_rank(
         Rows(inputs["train"], targets["train"], config.batch_size),
         Rows(inputs["validation"], (), SCORED),
     )
-    model.compile(optimizers.build("adam", _falling(config, train)))
+    model.compile(optimizers.build("adam", _falling(config, train), config.precision == "mixed_float16"))
     history = fit(
         model,
         train,
@@ -130,13 +139,14 @@ def train_rank(
         seed,
         _checkpoint(checkpoint, examples, name, config, seed),
     )
-    _write(out, model, name, config, seed, examples, history)
     predicted = _graph(model.uncalibrated)(validation)
     calibrators = {
         task: _calibrator(task, targets["validation"][task], predicted[task], config) for task in config.tasks
     }
     described = {task: calibration.to_json(one) for task, one in calibrators.items() if one}
-    (out / "calibration.json").write_text(json.dumps(described, indent=1))
+    with distribution.written(out) as folder:
+        _write(folder, model, name, config, seed, examples, history)
+        (folder / "calibration.json").write_text(json.dumps(described, indent=1))
 
 
 def load_recall(examples: Path, trained: Path) -> tuple[Retrieval, Schema]:
@@ -271,7 +281,7 @@ def _as_served(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> Rows:
 
 
 def _vectors(model: Retrieval, queries: Rows) -> np.ndarray:
-    return np.concatenate([np.asarray(model.query_tower(inputs)) for inputs, _ in queries.batches()])
+    return np.concatenate([np.asarray(model.query_tower(inputs), np.float32) for inputs, _ in queries.batches()])
 
 
 def _build_recall(

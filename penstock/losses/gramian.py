@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from penstock import distribution
 from penstock.samplers import checked_decay
 
 
@@ -70,7 +71,8 @@ class OnlineGramian(keras.layers.Layer):
 
     def update(self, vectors: ops.Tensor) -> ops.Tensor:
         """The estimate with the vectors of one batch `[batch, dim]` taken in, `[dim, dim]`."""
-        self.total.assign((1.0 - self._decay) * self.total + self._decay * gramian(ops.stop_gradient(vectors)))
+        vectors = distribution.gathered(ops.stop_gradient(vectors))
+        self.total.assign((1.0 - self._decay) * self.total + self._decay * gramian(vectors))
         self.weight.assign((1.0 - self._decay) * self.weight + self._decay)
         return self.total / self.weight
 
@@ -96,7 +98,7 @@ class AverageGramian(keras.layers.Layer):
 
     def update(self, ids: ops.Tensor, vectors: ops.Tensor) -> ops.Tensor:
         """The estimate with a batch taken in: int `[batch]` in 0 … size − 1, `[batch, dim]` → `[dim, dim]`."""
-        vectors = tf.stop_gradient(vectors)
+        ids, vectors = distribution.gathered(ids), distribution.gathered(tf.stop_gradient(vectors))
         former = tf.gather(self.table.value, ids)
         estimate = self.total.value + gramian(vectors) - gramian(former)
         unique, place = tf.unique(ids)

@@ -11,6 +11,8 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from penstock import distribution
+
 _MOST_TASKS = 10
 _RIDGE = 1e-11
 _TIE = 1e-12
@@ -118,6 +120,8 @@ def pareto(losses: Callable[[Any], Mapping[str, Any]], shared: Any) -> tuple[Any
         gradients.append(tf.concat([tf.reshape(tf.cast(one, tf.float64), [-1]) for one in whole], axis=0))
     del tape
     matrix = tf.stack(gradients)
-    alpha = tf.cast(tf.stop_gradient(min_norm(tf.matmul(matrix, matrix, transpose_b=True))), tf.float32)
+    # gradients to the rows of other replicas are elsewhere, and products of gradients are sums over rows
+    gram = distribution.summed(tf.matmul(matrix, matrix, transpose_b=True))
+    alpha = tf.cast(tf.stop_gradient(min_norm(gram)), tf.float32)
     weights = dict(zip(by_task, tf.unstack(alpha, num=len(by_task)), strict=True))
     return tf.add_n([weights[task] * tf.cast(loss, tf.float32) for task, loss in by_task.items()]), weights

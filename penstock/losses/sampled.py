@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tensorflow as tf
 from keras import ops
 
@@ -228,7 +230,7 @@ def _parts(
 
 
 def in_batch_softmax(
-    query: ops.Tensor, items: ops.Tensor, ids: ops.Tensor, log_q: ops.Tensor | None = None
+    query: ops.Tensor, items: ops.Tensor, ids: ops.Tensor, log_q: ops.Tensor | None = None, first: Any = None
 ) -> ops.Tensor:
     """Cross-entropy of each row's positive against the other positives of the batch.
 
@@ -236,22 +238,27 @@ def in_batch_softmax(
     n times counts once, as the probability is that of its being there at all. Yi et al., RecSys 2019, eq. 4–5.
 
     Args:
-        query: `[batch, dim]`.
+        query: `[rows, dim]`: the whole batch, or a part of it.
         items: the positives' vectors `[batch, dim]`.
         ids: those of the positives, `[batch]`.
         log_q: log of the probability that a batch has the item, `[batch]`; None for no correction, in which an item
             counts as often as it is there.
+        first: where in the batch a part begins; None for the whole.
 
     Returns:
-        The loss of each row, `[batch]`.
+        The loss of each row, `[rows]`.
     """
     ids = tf.convert_to_tensor(ids)
     if log_q is None:
-        none = tf.zeros(tf.shape(ids))
-        return sampled_softmax(query, items, items, ids, ids, none, none)
-    _, place, counts = tf.unique_with_counts(ids)
-    times = tf.math.log(tf.cast(tf.gather(counts, place), tf.float32))
-    return sampled_softmax(query, items, items, ids, ids, log_q, log_q + times)
+        own = of_sample = tf.zeros(tf.shape(ids))
+    else:
+        _, place, counts = tf.unique_with_counts(ids)
+        own, of_sample = log_q, log_q + tf.math.log(tf.cast(tf.gather(counts, place), tf.float32))
+    positives, positive_ids = items, ids
+    if first is not None:
+        part = slice(first, first + tf.shape(query)[0])
+        positives, positive_ids, own = items[part], ids[part], own[part]
+    return sampled_softmax(query, positives, items, positive_ids, ids, own, of_sample)
 
 
 def nce(
