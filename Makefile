@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-ralm DATA=path/to/KuaiRand-Pure | bench-sequence-speed | bench-sequence DATA=path/to/beauty.txt | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials | image | image-check | reconcile | release-trials | bench-swaps
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-ralm DATA=path/to/KuaiRand-Pure | bench-sequence-speed | bench-sequence DATA=path/to/beauty.txt | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials | image | image-check | scheduler-check | reconcile | release-trials | bench-swaps
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -9,6 +9,7 @@ UV_VERSION := 0.13.9
 UV := build/uv/bin/uv
 BIN := .venv/bin
 READY := .venv/.ready
+SCHEDULER := build/scheduler/.ready
 TORCH := build/peers/torch/.ready
 DEEPMATCH := build/peers/deepmatch/.ready
 
@@ -33,7 +34,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers faketime demo up down status mend test check bench-features bench-index bench-recall bench-ralm bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve bench-swaps soak release-trials reconcile bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock image image-check clean
+.PHONY: setup servers faketime demo up down status mend test check bench-features bench-index bench-recall bench-ralm bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve bench-swaps soak release-trials reconcile bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock image image-check scheduler-check clean
 
 setup: $(READY)
 
@@ -52,6 +53,11 @@ $(READY): requirements.lock | $(UV)
 	@touch $@
 
 build/peers/%/.ready: benchmarks/%-peers.lock | $(UV) $(READY)
+	@$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) $(@D)
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip sync -q --python $(@D)/bin/python --require-hashes $<
+	@touch $@
+
+$(SCHEDULER): requirements-scheduler.lock | $(UV)
 	@$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) $(@D)
 	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip sync -q --python $(@D)/bin/python --require-hashes $<
 	@touch $@
@@ -229,6 +235,10 @@ image:
 image-check: $(READY)
 	@$(MAKE) --no-print-directory image IMAGES=step
 	@PENSTOCK_CHECK_IMAGE=penstock/step:$(VERSION) $(BIN)/python -m pytest -p no:cacheprovider tests/components/test_image.py tests/components/test_docker.py
+
+# Airflow as on a cluster, with a scheduler of the environment that its image has, in two minutes; pods are processes.
+scheduler-check: $(READY) $(SCHEDULER) servers
+	@PENSTOCK_CHECK_SCHEDULER=$(CURDIR)/$(dir $(SCHEDULER)) $(BIN)/python -m pytest -p no:cacheprovider tests/deploy/test_executor.py
 
 clean:
 	rm -rf .venv build

@@ -10,10 +10,12 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import kubernetes_validate
 import psycopg
 import pytest
 import yaml
+from moto.server import ThreadedMotoServer
 
 from components import containers as images
 from components.kubeflow import Cluster
@@ -412,6 +414,26 @@ def test_each_has_a_database_of_its_own(tmp_path: Path) -> None:
                 connection.execute("CREATE TABLE one (id int)")
         with pytest.raises(psycopg.OperationalError, match="permission denied"):
             psycopg.connect(host=HOST, port=port, user="mlflow", dbname="airflow")
+
+
+def test_the_buckets_are_made_once_and_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = [one for one in resources(MINIO) if one["kind"] == "Job"]
+    (container,) = pod(job)["containers"]
+    server = ThreadedMotoServer(ip_address=HOST, port=0, verbose=False)
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        told = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": settings("pipeline-settings")["AWS_DEFAULT_REGION"]}
+        for name, value in (told | {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}).items():
+            monkeypatch.setenv(name, value)
+        for _ in range(2):
+            exec(container["command"][2], {})
+        made = {bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]}
+    finally:
+        server.stop()
+    mlflow = " ".join(pod(of_kind("Deployment")["mlflow"])["containers"][0]["command"])
+    releases = settings("pipeline-settings")["PENSTOCK_RELEASES"]
+    assert made == set(re.findall(r"s3://(\w+)", f"{mlflow} {releases}"))
 
 
 def test_what_others_make_is_named_by_the_version_that_fits_ours() -> None:
