@@ -32,7 +32,7 @@ class Cumulative(keras.layers.Layer):
         self._edges, self._places = edges, places.astype(np.float32)
 
     def call(self, numbers: Any) -> Any:
-        edges, places = self._edges, self._places
+        edges, places, numbers = self._edges, self._places, ops.cast(numbers, "float32")
         if len(edges) == 1:
             place = ops.full_like(numbers, places[0])
         else:
@@ -40,7 +40,7 @@ class Cumulative(keras.layers.Layer):
             low, high = ops.take(edges, piece), ops.take(edges, piece + 1)
             share = ops.clip((numbers - low) / (high - low), 0.0, 1.0)
             place = ops.take(places, piece) + share * (ops.take(places, piece + 1) - ops.take(places, piece))
-        return ops.stack([place, ops.square(place), ops.sqrt(place)], axis=-1)
+        return ops.cast(ops.stack([place, ops.square(place), ops.sqrt(place)], axis=-1), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "quantiles": self.quantiles}
