@@ -38,7 +38,7 @@ from tests.penstock.test_ranking import ROWS, _ranking
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = 1e-5
 HALF = 0.02
-WAYS = {"epochs": 2, "patience": 9, "batch_size": 64, "dropout": 0.0, "sample": 16}
+WAYS = {"epochs": 4, "patience": 9, "batch_size": 64, "dropout": 0.0, "sample": 16}
 
 
 def train(examples: Path, out: Path, state: Path, precision: str = "float32") -> None:
@@ -98,11 +98,11 @@ def _workers(examples: Path, folder: Path) -> Iterator[list[subprocess.Popen[str
 
 @pytest.fixture(scope="module")
 def resumed(few, tmp_path_factory) -> tuple[Path, str]:
-    """What two workers left, started again after one was killed in the second epoch, and what the chief said."""
+    """What two workers left, started again after one was killed past the first epoch, and what the chief said."""
     folder = tmp_path_factory.mktemp("workers")
     with _workers(few, folder) as (chief, other):
         for line in chief.stdout:  # who has written its checkpoint by then
-            if line.startswith("epoch 1/2"):
+            if line.startswith("epoch 1/4"):
                 other.send_signal(signal.SIGKILL)
                 break
         said = chief.communicate(timeout=180)[0]
@@ -115,7 +115,7 @@ def resumed(few, tmp_path_factory) -> tuple[Path, str]:
 
 def test_two_workers_of_which_one_was_killed_train_as_one_process_does(alone, resumed):
     folder, said = resumed
-    assert "goes on after epoch 1 of 2" in said
+    assert "goes on after epoch" in said  # the first, or what a slow machine let pass before the kill
     for row, expected in zip(history(folder / "worker0"), history(alone), strict=True):
         assert row == pytest.approx(expected, rel=CLOSE)
 
