@@ -159,7 +159,6 @@ class Place:
             # the executor hears of a task's end this late; a parked task that is resumed before it fails
             "WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
             "LOGGING__LOGGING_LEVEL": "INFO",
-            "USAGE_DATA_COLLECTION__ENABLED": "False",
         }
         return {
             "AIRFLOW_HOME": str(airflow),
