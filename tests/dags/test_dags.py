@@ -267,7 +267,8 @@ def test_the_tables_a_person_decides_by() -> None:
     )
     by_draws = primary | {"measure": "gauc_click", "opponent": "single head", "p_value": None}
     assert primary_line({"champion": None, "primary": by_draws, "policy": policy}) == (
-        "**GAUC of click** of the fused score: **0.7000**, single head 0.6800: +0.0200 (95% interval +0.0110 to +0.0290)"
+        "**GAUC of click** of the fused score: **0.7000**, single head 0.6800: +0.0200 "
+        "(95% interval +0.0110 to +0.0290)"
     )
     assert primary_line({"primary": {}}) == verdict_table({"heads": {}}) == ""
 
