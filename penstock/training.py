@@ -72,7 +72,7 @@ def train_recall(
     check(inputs, {})
     targets = {"item": _items(rows, schema), "row": np.arange(rows.height, dtype=np.int32)}
     train = Rows(inputs, targets, config.batch_size)
-    model.compile(optimizers.build(config.optimizer, _falling(config, train), config.precision == "mixed_float16"))
+    model.compile(_optimizer(config.optimizer, config, train))
     history = fit(
         model,
         train,
@@ -130,7 +130,7 @@ def train_rank(
         Rows(inputs["train"], targets["train"], config.batch_size),
         Rows(inputs["validation"], (), SCORED),
     )
-    model.compile(optimizers.build("adam", _falling(config, train), config.precision == "mixed_float16"))
+    model.compile(_optimizer("adam", config, train))
     history = fit(
         model,
         train,
@@ -180,11 +180,12 @@ def _build_rank(module: ModuleType, config: RankConfig, schema: Schema, seconds:
     return model
 
 
-def _falling(config: RecallConfig | RankConfig, train: Rows) -> keras.optimizers.schedules.LearningRateSchedule:
-    """From the learning rate to its last share, linear in the steps of all epochs."""
-    return keras.optimizers.schedules.PolynomialDecay(
+def _optimizer(name: str, config: RecallConfig | RankConfig, train: Rows) -> keras.optimizers.Optimizer:
+    """Its rate falls to its last share, linear in the steps of all epochs; its loss is scaled if float16 needs it."""
+    falling = keras.optimizers.schedules.PolynomialDecay(
         config.learning_rate, train.steps * config.epochs, config.learning_rate * config.last_rate
     )
+    return optimizers.build(name, falling, scaled=config.precision == "mixed_float16")
 
 
 def item_tables(model: keras.Model) -> list[Embedding]:

@@ -363,7 +363,7 @@ def main() -> None:
     server.stop()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # all is answered; gRPC's and TensorFlow's threads have been seen to hold up an interpreter's end
+    os._exit(0)  # all is answered: no thread of gRPC's or TensorFlow's holds up the end of the interpreter
 
 
 if __name__ == "__main__":

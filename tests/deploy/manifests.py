@@ -34,6 +34,18 @@ def resources(folder: Path) -> list[Resource]:
     return [one for name in found["resources"] if name.endswith(".yaml") for one in documents(folder / name)]
 
 
+def settings(folder: Path, name: str) -> dict[str, str]:
+    """The literals of a configuration that a kustomization makes."""
+    (found,) = documents(folder / "kustomization.yaml")
+    (made,) = [one for one in found["configMapGenerator"] if one["name"] == name]
+    return dict(literal.split("=", 1) for literal in made["literals"])
+
+
+def of_kind(kind: str, among: Iterable[Resource]) -> dict[str, Resource]:
+    """Those of a kind, by name."""
+    return {one["metadata"]["name"]: one for one in among if one["kind"] == kind}
+
+
 def rendered(folder: Path) -> list[Resource]:
     done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -33,10 +33,12 @@ from tests.deploy.manifests import (
     files_named,
     named,
     needs_kubectl,
+    of_kind,
     pod,
     rendered,
     resources,
     secrets,
+    settings,
 )
 from tests.servers import HOST, postgres_server
 
@@ -52,21 +54,11 @@ NODE_JOB: Resource = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"nam
     "spec": NODE["template"]["spec"]
 }
 PODS = [*WORKLOADS, WORKER, NODE_JOB]
+SETTINGS, SERVING = settings(PIPELINE, "pipeline-settings"), settings(PIPELINE, "serving-settings")
 DOCS = (ROOT / "docs" / "cluster.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 each_pod = pytest.mark.parametrize("workload", PODS, ids=named)
-
-
-def settings(name: str, folder: Path = PIPELINE) -> dict[str, str]:
-    """The literals of a configuration."""
-    (found,) = documents(folder / "kustomization.yaml")
-    (made,) = [one for one in found["configMapGenerator"] if one["name"] == name]
-    return dict(literal.split("=", 1) for literal in made["literals"])
-
-
-def of_kind(kind: str, among: list[Resource] = ALL) -> dict[str, Resource]:
-    return {one["metadata"]["name"]: one for one in among if one["kind"] == kind}
 
 
 def environment(workload: Resource) -> Iterator[tuple[str, str]]:
@@ -75,7 +67,7 @@ def environment(workload: Resource) -> Iterator[tuple[str, str]]:
         for variable in container.get("env", []):
             yield variable["name"], variable.get("value", "")
         if "envFrom" in container:
-            yield from settings("pipeline-settings").items()
+            yield from SETTINGS.items()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -135,9 +127,9 @@ def test_a_pod_can_do_nothing_but_its_work(workload: Resource) -> None:
 
 
 def test_the_scheduler_may_start_and_end_pods_of_its_namespace_and_nothing_else() -> None:
-    assert not of_kind("ClusterRole")
-    assert not of_kind("ClusterRoleBinding")
-    (role,), (binding,) = of_kind("Role").values(), of_kind("RoleBinding").values()
+    assert not of_kind("ClusterRole", ALL)
+    assert not of_kind("ClusterRoleBinding", ALL)
+    (role,), (binding,) = of_kind("Role", ALL).values(), of_kind("RoleBinding", ALL).values()
     assert {resource for rule in role["rules"] for resource in rule["resources"]} == {"pods", "pods/log"}
     assert "*" not in json.dumps(role)
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
@@ -172,13 +164,13 @@ def test_what_a_pod_names_is_there(workload: Resource) -> None:
         if "configMap" in volume:
             assert volume["configMap"]["name"] in maps
         if "persistentVolumeClaim" in volume:
-            assert volume["persistentVolumeClaim"]["claimName"] in of_kind("PersistentVolumeClaim")
+            assert volume["persistentVolumeClaim"]["claimName"] in of_kind("PersistentVolumeClaim", ALL)
     for container in containers(workload):
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         assert all(source["configMapRef"]["name"] in maps for source in container.get("envFrom", []))
         for mount in container["volumeMounts"]:
             if mount["name"] == "home":
-                assert mount["mountPath"] == settings("pipeline-settings")["PENSTOCK_HOME"]
+                assert mount["mountPath"] == SETTINGS["PENSTOCK_HOME"]
 
 
 @pytest.mark.parametrize("kind", ["Service", "PodDisruptionBudget"])
@@ -213,13 +205,15 @@ def created() -> set[tuple[str, str, str]]:
 def test_every_secret_is_one_that_the_page_creates() -> None:
     needed = {
         ("penstock", *one)
-        for one in secrets([*WORKLOADS, WORKER, *of_kind("Deployment").values(), *of_kind("StatefulSet").values()])
+        for one in secrets(
+            [*WORKLOADS, WORKER, *of_kind("Deployment", ALL).values(), *of_kind("StatefulSet", ALL).values()]
+        )
     }
     for path in ("registry.yaml", "releases.yaml"):
         for patch in documents(PIPELINE / path)[0]:
             key = patch["value"]["valueFrom"]["secretKeyRef"]
             needed.add(("penstock", key["name"], key["key"]))
-    needed |= {("kubeflow", secret, key) for _, secret, key in Cluster.of(settings("pipeline-settings")).secrets}
+    needed |= {("kubeflow", secret, key) for _, secret, key in Cluster.of(SETTINGS).secrets}
     assert needed == created()
     for path in KUBERNETES.rglob("*.yaml"):
         text = path.read_text()
@@ -228,9 +222,9 @@ def test_every_secret_is_one_that_the_page_creates() -> None:
 
 
 def test_every_address_is_a_service_that_is_there() -> None:
-    services = {(name, port["port"]) for name, one in of_kind("Service").items() for port in one["spec"]["ports"]}
+    services = {(name, port["port"]) for name, one in of_kind("Service", ALL).items() for port in one["spec"]["ports"]}
     text = "\n".join(value for workload in PODS for _, value in environment(workload))
-    text += "\n".join(settings("serving-settings").values())
+    text += "\n".join(SERVING.values())
     found = set(re.findall(r"(?:\b|@)([a-z][a-z-]*)(?:\.([a-z]+))?:(\d{4,5})\b", text))
     assert {("postgres", "", "5432"), ("ml-pipeline", "kubeflow", "8888"), ("minio", "penstock", "9000")} <= found
     for host, namespace, port in found:
@@ -239,7 +233,7 @@ def test_every_address_is_a_service_that_is_there() -> None:
         elif host != "localhost":
             assert namespace in ("", "penstock")
             assert (host, int(port)) in services
-    told = settings("pipeline-settings")
+    told = SETTINGS
     assert (told["POSTGRES_HOST"], int(told["POSTGRES_PORT"])) == ("postgres.penstock", 5432)
 
 
@@ -271,7 +265,7 @@ def selected(chosen: Resource) -> set[str]:
 
 
 def test_who_may_go_out_to_a_pod_is_let_in_there() -> None:
-    policies = of_kind("NetworkPolicy")
+    policies = of_kind("NetworkPolicy", ALL)
     reached = set()
     for policy in policies.values():
         for rule in policy["spec"].get("egress", []):
@@ -285,7 +279,7 @@ def test_who_may_go_out_to_a_pod_is_let_in_there() -> None:
     for name, to, port in reached:
         into = [one for one in policies.values() if to in selected(one["spec"]["podSelector"]) and admits(one, name)]
         assert into, (name, to)
-        assert port in [one["port"] for one in of_kind("Service")[to]["spec"]["ports"]]
+        assert port in [one["port"] for one in of_kind("Service", ALL)[to]["spec"]["ports"]]
     worker = {to for name, to, _ in reached if name == "airflow-worker"}
     assert worker == {"airflow-api", "mlflow", "postgres", "redis", "tf-serving", "minio"}
     # components run in another namespace, and may ask what they are told the address of
@@ -311,7 +305,7 @@ def test_images_are_pinned_and_ours_are_what_the_dockerfile_makes() -> None:
         if name.startswith("penstock/"):
             assert name.removeprefix("penstock/") in stages
             assert pinned[name] == version
-    told = settings("pipeline-settings")
+    told = SETTINGS
     executor = "AIRFLOW__KUBERNETES_EXECUTOR__WORKER_CONTAINER"
     (base,) = pod(WORKER)["containers"]
     assert (
@@ -321,7 +315,7 @@ def test_images_are_pinned_and_ours_are_what_the_dockerfile_makes() -> None:
 
 
 def test_the_pod_of_a_task_is_one_that_the_executor_takes() -> None:
-    scheduler = of_kind("Deployment")["airflow-scheduler"]
+    scheduler = of_kind("Deployment", ALL)["airflow-scheduler"]
     told = dict(environment(scheduler))
     (base,) = pod(WORKER)["containers"]
     assert base["name"] == "base"
@@ -342,7 +336,7 @@ def test_the_pod_of_a_task_is_one_that_the_executor_takes() -> None:
 
 
 def test_every_variable_is_one_that_is_read() -> None:
-    names = {name for workload in PODS for name, _ in environment(workload)} | set(settings("serving-settings"))
+    names = {name for workload in PODS for name, _ in environment(workload)} | set(SERVING)
     airflow = importlib.util.find_spec("airflow")
     assert airflow is not None
     assert airflow.submodule_search_locations
@@ -351,7 +345,7 @@ def test_every_variable_is_one_that_is_read() -> None:
     )
     rooms = ("penstock", "feature_repo", "components", "serving", "dags")
     code = "\n".join(path.read_text() for room in rooms for path in (ROOT / room).rglob("*.py"))
-    store = (ROOT / settings("pipeline-settings")["PENSTOCK_FEATURE_STORE"]).read_text()
+    store = (ROOT / SETTINGS["PENSTOCK_FEATURE_STORE"]).read_text()
     # the executor's own section comes with the package that the scheduler alone has
     executor = {"NAMESPACE", "POD_TEMPLATE_FILE", "WORKER_CONTAINER_REPOSITORY", "WORKER_CONTAINER_TAG"}
     executor |= {"DELETE_WORKER_PODS", "DELETE_WORKER_PODS_ON_FAILURE"}
@@ -370,7 +364,7 @@ def test_every_variable_is_one_that_is_read() -> None:
 
 
 def test_components_are_told_where_the_stores_are() -> None:
-    told = settings("pipeline-settings")
+    told = SETTINGS
     cluster = Cluster.of(told)
     assert cluster.claim in of_kind("PersistentVolumeClaim", documents(KIND / "volumes.yaml"))
     given = set(images.variables(told)) | {name for name, _, _ in cluster.secrets}
@@ -383,7 +377,7 @@ def test_components_are_told_where_the_stores_are() -> None:
     for name in (*told["PENSTOCK_STEP_VARIABLES"].split(), "MLFLOW_TRACKING_URI"):
         if re.search("HOST|URL|URI", name):
             assert ".penstock" in told[name]
-    serving = settings("serving-settings")
+    serving = SERVING
     for name in (
         "PENSTOCK_FEATURE_STORE",
         "PENSTOCK_RELEASES",
@@ -423,7 +417,10 @@ def test_the_buckets_are_made_once_and_are_those_that_are_used(monkeypatch: pyte
     server.start()
     try:
         url = "http://{}:{}".format(*server.get_host_and_port())
-        told = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": settings("pipeline-settings")["AWS_DEFAULT_REGION"]}
+        told = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_DEFAULT_REGION": SETTINGS["AWS_DEFAULT_REGION"],
+        }
         for name, value in (told | {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}).items():
             monkeypatch.setenv(name, value)
         for _ in range(2):
@@ -431,8 +428,8 @@ def test_the_buckets_are_made_once_and_are_those_that_are_used(monkeypatch: pyte
         made = {bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]}
     finally:
         server.stop()
-    mlflow = " ".join(pod(of_kind("Deployment")["mlflow"])["containers"][0]["command"])
-    releases = settings("pipeline-settings")["PENSTOCK_RELEASES"]
+    mlflow = " ".join(pod(of_kind("Deployment", ALL)["mlflow"])["containers"][0]["command"])
+    releases = SETTINGS["PENSTOCK_RELEASES"]
     assert made == set(re.findall(r"s3://(\w+)", f"{mlflow} {releases}"))
 
 

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from local import supervisor
-from tests.deploy.manifests import KUBERNETES, ROOT, VERSIONS, documents
+from tests.deploy.manifests import KUBERNETES, ROOT, VERSIONS, documents, settings
 from tests.deploy.pods_server import PodsServer
 from tests.servers import HOST, free_port, postgres_server
 
@@ -60,14 +60,12 @@ def wait(what: str, there: Callable[[], bool]) -> None:
 
 
 def test_a_task_runs_in_a_pod_of_the_template(tmp_path: Path) -> None:
-    (found,) = documents(PIPELINE / "kustomization.yaml")
-    (made,) = [one for one in found["configMapGenerator"] if one["name"] == "pipeline-settings"]
     port, health = free_port(), free_port()
     home, passwords = tmp_path / "home", tmp_path / "passwords.json"
     home.mkdir()
     passwords.write_text(json.dumps({"admin": "ana's", "viewer": "vic's"}))
     # what is an address or a place of a cluster is one of this machine
-    common = dict(literal.split("=", 1) for literal in made["literals"]) | {
+    common = settings(PIPELINE, "pipeline-settings") | {
         "HOME": str(tmp_path),
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),

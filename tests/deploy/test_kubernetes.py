@@ -22,10 +22,12 @@ from tests.deploy.manifests import (
     files_named,
     named,
     needs_kubectl,
+    of_kind,
     pod,
     rendered,
     resources,
     secrets,
+    settings,
 )
 
 OVERLAYS = [KUBERNETES / "overlays" / "local"]
@@ -33,11 +35,6 @@ SERVICES = {"gateway", "tf-serving", "redis", "features"}
 KUSTOMIZATION: Resource = documents(BASE / "kustomization.yaml")[0]
 RESOURCES = resources(BASE)
 WORKLOADS = [one for one in RESOURCES if one["kind"] in ("Deployment", "StatefulSet")]
-
-
-def of_kind(kind: str) -> dict[str, Resource]:
-    return {one["metadata"]["name"]: one for one in RESOURCES if one["kind"] == kind}
-
 
 each_workload = pytest.mark.parametrize("workload", WORKLOADS, ids=named)
 
@@ -49,7 +46,7 @@ def test_every_manifest_is_valid(resource: Resource, version: str) -> None:
 
 
 def test_a_wrong_key_is_found() -> None:
-    wrong = {**of_kind("PersistentVolumeClaim")["home"], "specs": {}}
+    wrong = {**of_kind("PersistentVolumeClaim", RESOURCES)["home"], "specs": {}}
     with pytest.raises(kubernetes_validate.ValidationError, match="specs"):
         kubernetes_validate.validate(wrong, VERSIONS[-1], strict=True)
 
@@ -65,8 +62,8 @@ def test_a_kustomization_names_every_file_there_is_and_no_other() -> None:
 def test_the_four_services_are_there_with_all_that_belongs_to_them() -> None:
     assert {one["metadata"]["name"] for one in WORKLOADS} == SERVICES
     for kind in ("Service", "ServiceAccount", "PodDisruptionBudget"):
-        assert set(of_kind(kind)) == SERVICES, kind
-    assert set(of_kind("NetworkPolicy")) >= SERVICES
+        assert set(of_kind(kind, RESOURCES)) == SERVICES, kind
+    assert set(of_kind("NetworkPolicy", RESOURCES)) >= SERVICES
 
 
 @each_workload
@@ -75,9 +72,12 @@ def test_a_workload_can_do_nothing_but_its_work(workload: Resource) -> None:
     name = workload["metadata"]["name"]
     assert spec["serviceAccountName"] == name
     assert spec["automountServiceAccountToken"] is False
-    assert of_kind("ServiceAccount")[name]["automountServiceAccountToken"] is False
+    assert of_kind("ServiceAccount", RESOURCES)[name]["automountServiceAccountToken"] is False
     assert_restricted(workload)
-    assert of_kind("Namespace")["penstock"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert (
+        of_kind("Namespace", RESOURCES)["penstock"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
+        == "restricted"
+    )
 
 
 @each_workload
@@ -104,7 +104,7 @@ def test_a_workload_is_probed_and_bounded(workload: Resource) -> None:
 def test_the_gateway_is_probed_where_it_answers_without_a_token() -> None:
     from serving.front import is_open
 
-    (container,) = pod(of_kind("Deployment")["gateway"])["containers"]
+    (container,) = pod(of_kind("Deployment", RESOURCES)["gateway"])["containers"]
     paths = {
         probe: container[probe]["httpGet"]["path"] for probe in ("livenessProbe", "startupProbe", "readinessProbe")
     }
@@ -115,7 +115,7 @@ def test_the_gateway_is_probed_where_it_answers_without_a_token() -> None:
 @each_workload
 def test_what_a_workload_names_is_there(workload: Resource) -> None:
     maps = {made["name"] for made in KUSTOMIZATION["configMapGenerator"]}
-    claims = set(of_kind("PersistentVolumeClaim"))
+    claims = set(of_kind("PersistentVolumeClaim", RESOURCES))
     volumes = {volume["name"] for volume in pod(workload)["volumes"]}
     volumes |= {claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", [])}
     for volume in pod(workload)["volumes"]:
@@ -129,11 +129,11 @@ def test_what_a_workload_names_is_there(workload: Resource) -> None:
     labels = workload["spec"]["template"]["metadata"]["labels"]
     assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items()
     name = workload["metadata"]["name"]
-    service = of_kind("Service")[name]
+    service = of_kind("Service", RESOURCES)[name]
     assert service["spec"]["selector"].items() <= labels.items()
     ports = {port["name"] for container in containers(workload) for port in container.get("ports", [])}
     assert {port["targetPort"] for port in service["spec"]["ports"]} == ports
-    budget = of_kind("PodDisruptionBudget")[name]
+    budget = of_kind("PodDisruptionBudget", RESOURCES)[name]
     assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
 
 
@@ -150,14 +150,13 @@ def test_secrets_are_named_and_never_made() -> None:
 
 def test_the_gateway_accepts_its_settings() -> None:
     """What the manifests put into its environment is what it reads."""
-    (container,) = pod(of_kind("Deployment")["gateway"])["containers"]
-    (settings,) = [made for made in KUSTOMIZATION["configMapGenerator"] if made["name"] == "serving-settings"]
-    environment = dict(literal.split("=", 1) for literal in settings["literals"])
+    (container,) = pod(of_kind("Deployment", RESOURCES)["gateway"])["containers"]
+    environment = settings(BASE, "serving-settings")
     environment |= {variable["name"]: "0123456789abcdef" for variable in container["env"] if "valueFrom" in variable}
     found = from_environment(environment)
     assert (found.host, found.token) == ("0.0.0.0", "0123456789abcdef")
     assert found.gateway_port == container["ports"][0]["containerPort"]
-    ports = {port["name"]: port["port"] for port in of_kind("Service")["tf-serving"]["spec"]["ports"]}
+    ports = {port["name"]: port["port"] for port in of_kind("Service", RESOURCES)["tf-serving"]["spec"]["ports"]}
     assert found.model_server == f"tf-serving:{ports['grpc']}"
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts["home"] == environment["PENSTOCK_HOME"]
@@ -165,7 +164,7 @@ def test_the_gateway_accepts_its_settings() -> None:
     given = {variable["name"] for variable in container["env"]} | set(environment)
     assert set(re.findall(r"\$\{(\w+)\}", store)) <= given
     address = next(variable["value"] for variable in container["env"] if variable["name"] == "REDIS_ADDRESS")
-    redis = of_kind("Service")["redis"]["spec"]["ports"][0]["port"]
+    redis = of_kind("Service", RESOURCES)["redis"]["spec"]["ports"][0]["port"]
     assert address == f"redis:{redis},password=$(REDIS_PASSWORD)"
 
 
@@ -190,17 +189,17 @@ def test_images_are_pinned_and_ours_are_what_the_dockerfile_makes() -> None:
             assert name.removeprefix("penstock/") in stages
     uid = re.search(r"useradd .*--uid (\d+)", (ROOT / "Dockerfile").read_text())
     assert uid
-    assert pod(of_kind("Deployment")["gateway"])["securityContext"]["runAsUser"] == int(uid[1])
+    assert pod(of_kind("Deployment", RESOURCES)["gateway"])["securityContext"]["runAsUser"] == int(uid[1])
 
 
 def test_one_gateway_writes_the_feedback_log() -> None:
-    gateway = of_kind("Deployment")["gateway"]["spec"]
+    gateway = of_kind("Deployment", RESOURCES)["gateway"]["spec"]
     assert (gateway["replicas"], gateway["strategy"]["type"]) == (1, "Recreate")
-    assert not of_kind("HorizontalPodAutoscaler")
+    assert not of_kind("HorizontalPodAutoscaler", RESOURCES)
 
 
 def test_nothing_is_reached_that_is_not_named() -> None:
-    policies = of_kind("NetworkPolicy")
+    policies = of_kind("NetworkPolicy", RESOURCES)
     everything = policies["nothing-else"]["spec"]
     assert (everything["podSelector"], everything["policyTypes"]) == ({}, ["Ingress", "Egress"])
     assert not {"ingress", "egress"} & set(everything)
@@ -218,7 +217,7 @@ def test_nothing_is_reached_that_is_not_named() -> None:
     for name, to, port in reached:
         sources = [source["podSelector"]["matchLabels"] for source in policies[to]["spec"]["ingress"][0]["from"]]
         assert {"app.kubernetes.io/name": name} in sources
-        assert port in [one["port"] for one in of_kind("Service")[to]["spec"]["ports"]]
+        assert port in [one["port"] for one in of_kind("Service", RESOURCES)[to]["spec"]["ports"]]
 
 
 def test_tf_serving_starts_with_what_was_loaded_and_without_anything(tmp_path: Path) -> None:
