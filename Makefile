@@ -127,7 +127,7 @@ bench-features: $(READY) servers
 
 # Every recall model and loss beside baselines, 3 seeds each (SEEDS=1: the first), in five hours; QUICK=1 is a smaller form.
 bench-recall: $(READY) $(PEERS)
-	@$(BIN)/python -W ignore -m benchmarks.recall $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data "$(DATA)")
+	@$(BIN)/python -W ignore -m benchmarks.recall $(if $(QUICK),--quick) $(if $(AGAIN),--again) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data "$(DATA)")
 
 # Look-alike on new items beside other scores, with the simulator's audience, and how fast, in an hour; QUICK=1 is a smaller form.
 bench-ralm: $(READY)
@@ -139,7 +139,7 @@ bench-recall-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
 
 # Sequence models on Amazon Beauty beside baselines and a published table, in some hours; QUICK=1 is a smaller form.
 bench-sequence: $(READY)
-	@$(BIN)/python -W ignore -m benchmarks.sequence $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
+	@$(BIN)/python -W ignore -m benchmarks.sequence $(if $(QUICK),--quick) $(if $(AGAIN),--again) $(if $(DATA),--data "$(DATA)")
 
 # Training steps of SASRec beside PyTorch, in some ten minutes; QUICK=1 is a smaller form.
 bench-sequence-speed: $(READY) $(TORCH)
@@ -171,7 +171,7 @@ ab-trials: $(READY)
 
 # Every rank model beside gradient-boosted trees, 5 seeds each, in about three hours; QUICK=1 is a smaller form.
 bench-rank: $(READY) $(TREES)
-	@$(BIN)/python -W ignore -m benchmarks.rank $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
+	@$(BIN)/python -W ignore -m benchmarks.rank $(if $(QUICK),--quick) $(if $(AGAIN),--again) $(if $(DATA),--data "$(DATA)")
 
 # Training steps of MMoE beside PyTorch and DeepCTR, in some ten minutes; QUICK=1 is a smaller form.
 bench-rank-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))

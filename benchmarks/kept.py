@@ -11,12 +11,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
+FORMER = "former"
+"""Among figures: they are of other code than there is now."""
+
 FIGURES = ROOT / "benchmarks" / "figures"
 """Where those of hours are kept, under version control: a table can be made again, and a run goes on elsewhere."""
 
 
 def once(
-    folder: Path, name: str, spec: Mapping[str, Any], modules: Iterable[str], measure: Callable[[], dict[str, Any]]
+    folder: Path,
+    name: str,
+    spec: Mapping[str, Any],
+    modules: Iterable[str],
+    measure: Callable[[], dict[str, Any]],
+    again: bool = True,
 ) -> dict[str, Any]:
     """What `measure` gives, from `folder` if it is there of the same spec and the same code; those of other code go.
 
@@ -24,19 +32,29 @@ def once(
         name: how the file's name begins.
         spec: all that the figures depend on besides the code.
         modules: those whose code they depend on, with all that these import of the library.
+        again: measure what is there of other code. If not it is taken, and `FORMER` is among the figures.
     """
-    of_spec = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
-    kept = folder / f"{name}-{of_spec}-{code(sources(modules))[:12]}.json"
+    digest = code(sources(modules))
+    kept = folder / f"{name}-{hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]}.json"
     if kept.exists():
-        return json.loads(kept.read_text())
+        there = json.loads(kept.read_text())
+        if there["code"] == digest:
+            return dict(there["figures"])
+        if not again:
+            return {**there["figures"], FORMER: True}
     found = measure()
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = kept.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(found))
-    for former in folder.glob(f"{name}-{of_spec}-*.json"):
-        former.unlink()
+    unfinished.write_text(json.dumps({"code": digest, "figures": found}))
     unfinished.replace(kept)
     return found
+
+
+def say_former(runs: Iterable[Mapping[str, Any]]) -> None:
+    """A line if figures are of other code than there is now."""
+    told = [FORMER in run for run in runs]
+    if any(told):
+        print(f"\n{sum(told)} of {len(told)} runs were measured before the code changed; AGAIN=1 measures them again")
 
 
 def sources(modules: Iterable[str]) -> list[Path]:

@@ -1,13 +1,15 @@
 """Every rank model on KuaiRand-Pure beside gradient-boosted trees on the same features, five seeds each.
 
 `make bench-rank DATA=path/to/KuaiRand-Pure` prints the tables and writes build/bench/rank.json; QUICK=1 is a smaller
-form of it. What was measured stays in benchmarks/figures/rank: a run that was stopped goes on, until the code changes.
+form of it. What was measured stays in benchmarks/figures/rank: a run that was stopped goes on, and AGAIN=1 measures
+what is of former code again.
 KuaiRand tells no place on the screen: there the position tower learns one bias for all rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -26,7 +28,8 @@ import numpy as np
 import polars as pl
 from scipy.stats import t as students
 
-from benchmarks.kept import FIGURES, code, once, window
+import penstock
+from benchmarks.kept import FIGURES, code, once, say_former, window
 from benchmarks.recall import make_examples, spread
 from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
@@ -90,6 +93,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a KuaiRand-Pure directory, as its authors publish it")
     parser.add_argument("--examples", type=Path, help="examples that were made of it already")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", action="store_true", help="measure again what was measured before the code changed")
     arguments = parser.parse_args()
     if not arguments.quick and arguments.data is None and arguments.examples is None:
         sys.exit("Say where the data is: make bench-rank DATA=path/to/KuaiRand-Pure (see the README)")
@@ -102,14 +106,14 @@ def main() -> None:
     measured = {TREES: trees(examples, folder, seeds, arguments.quick)}
     pairs = [(trial, seed) for seed in seeds for trial in asked]
     kept = folder if arguments.quick else FIGURES / "rank"
-    calls = [(trial, seed, examples, kept) for trial, seed in pairs]
+    calls = [(trial, seed, examples, kept, arguments.quick or arguments.again) for trial, seed in pairs]
     found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
     for (trial, _), of_trial in zip(pairs, found, strict=True):
         measured.setdefault(trial.name, []).append(of_trial)
     report(measured, goals=not arguments.quick)
 
 
-def measure(trial: Trial, seed: int, examples: Path, folder: Path) -> dict[str, Any]:
+def measure(trial: Trial, seed: int, examples: Path, folder: Path, again: bool) -> dict[str, Any]:
     """Figures of one training by slice, from the exported model, and its seconds; taken from `folder` if there."""
 
     def measured() -> dict[str, Any]:
@@ -127,8 +131,9 @@ def measure(trial: Trial, seed: int, examples: Path, folder: Path) -> dict[str, 
                 found[part] = figures(predicted, frequent_items(examples))
         return found
 
-    spec = {"model": trial.model, "overrides": dict(trial.overrides), "seed": seed, "window": window(examples)}
-    return once(folder, trial.model, spec, modules(trial), measured)
+    config = dataclasses.asdict(penstock.config(penstock.module("rank", trial.model), trial.overrides))
+    spec = {"model": trial.model, "config": config, "seed": seed, "window": window(examples)}
+    return once(folder, trial.model, spec, modules(trial), measured, again)
 
 
 def modules(trial: Trial) -> list[str]:
@@ -265,6 +270,7 @@ def report(measured: Mapping[str, Sequence[Mapping[str, Any]]], goals: bool) -> 
             pair = statistics.mean(ours), statistics.mean(theirs)
             rows.append(Comparison(f"AUC of {task}, test: mmoe", *pair, peer, "", at_least=least))
     show("MMoE on the test slice; single-task nets may be ahead by what chance between seeds explains", rows)
+    say_former(run for name in names if name != TREES for run in measured[name])
     print(f"written to {write('rank', rows)}")
 
 

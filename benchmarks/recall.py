@@ -2,12 +2,13 @@
 
 `make bench-recall DATA=path/to/KuaiRand-Pure` prints the table and writes build/bench/recall.json; QUICK=1 is a smaller
 form of it, SEEDS=1 leaves the other seeds out. What was measured stays in benchmarks/figures/recall: a run that was
-stopped goes on, until the code changes.
+stopped goes on, and AGAIN=1 measures what is of former code again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import statistics
@@ -23,7 +24,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from benchmarks.kept import FIGURES, once, window
+import penstock
+from benchmarks.kept import FIGURES, once, say_former, window
 from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from feature_repo.store import historical, refresh
@@ -103,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="a KuaiRand-Pure directory, as its authors publish it")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", action="store_true", help="measure again what was measured before the code changed")
     parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS), metavar="1-3")
     arguments = parser.parse_args()
     if not arguments.quick and arguments.data is None:
@@ -118,7 +121,7 @@ def main() -> None:
 
     measured: dict[str, list[dict[str, Any]]] = peers(examples, folder)
     pairs = [(trial, seed) for seed in seeds for trial in asked]
-    calls = [(trial, seed, examples, figures) for trial, seed in pairs]
+    calls = [(trial, seed, examples, figures, arguments.quick or arguments.again) for trial, seed in pairs]
     found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
     for (trial, _), of_trial in zip(pairs, found, strict=True):
         measured.setdefault(trial.name, []).append(of_trial)
@@ -146,7 +149,7 @@ def make_examples(out: Path, data: Path | None, simulated: simulator.Config = SM
     return out
 
 
-def measure(trial: Trial, seed: int, examples: Path, folder: Path) -> dict[str, Any]:
+def measure(trial: Trial, seed: int, examples: Path, folder: Path, again: bool) -> dict[str, Any]:
     """Figures of one training by slice, from the exported model, and its seconds; taken from `folder` if there."""
 
     def measured() -> dict[str, Any]:
@@ -161,9 +164,10 @@ def measure(trial: Trial, seed: int, examples: Path, folder: Path) -> dict[str, 
             epochs = len(json.loads((trained / "history.json").read_text()))
         return {part: figures[part] for part in SLICES} | {"seconds": seconds, "epochs": epochs}
 
-    spec = {"model": trial.model, "overrides": dict(trial.overrides), "seed": seed, "window": window(examples)}
+    config = dataclasses.asdict(penstock.config(penstock.module("recall", trial.model), trial.overrides))
+    spec = {"model": trial.model, "config": config, "seed": seed, "window": window(examples)}
     modules = ("penstock.training", "penstock.candidate", f"penstock.recall.{trial.model}")
-    return once(folder, trial.model, spec, modules, measured)
+    return once(folder, trial.model, spec, modules, measured, again)
 
 
 def peers(examples: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -247,6 +251,7 @@ def report(measured: Mapping[str, Sequence[Mapping[str, Any]]], ours: Sequence[s
         for peer in ("popularity", *BASELINES)
     ]
     show("The best by validation recall@50, on the test slice", rows)
+    say_former(run for name in ours for run in measured[name])
     print(f"written to {write('recall', rows)}")
 
 

@@ -2,12 +2,14 @@
 
 `make bench-sequence DATA=path/to/beauty.txt` prints the table and writes build/bench/sequence.json; QUICK=1 is a
 smaller form of it on simulated histories. What was measured stays in benchmarks/figures/sequence: a run that was
-stopped goes on, until the code changes. Which model is best, the validation items say; it gets more seeds.
+stopped goes on, and AGAIN=1 measures what is of former code again. Which model is best, the validation items say; it
+gets more seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import statistics
@@ -21,7 +23,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from benchmarks.kept import FIGURES, once, window
+import penstock
+from benchmarks.kept import FIGURES, once, say_former, window
 from benchmarks.leave_one_out import BASELINES, of_baseline, of_model, read, write
 from benchmarks.recall import Trial, spread
 from benchmarks.side_by_side import each
@@ -68,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="beauty.txt, as the authors of BERT4Rec publish it")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", action="store_true", help="measure again what was measured before the code changed")
     arguments = parser.parse_args()
     if not arguments.quick and arguments.data is None:
         sys.exit("Say where the data is: make bench-sequence DATA=path/to/beauty.txt (see the README)")
@@ -77,17 +81,17 @@ def main() -> None:
     if not (examples / "window.json").exists():
         shutil.rmtree(examples, ignore_errors=True)
         write(simulated() if arguments.quick else read(arguments.data), examples)
-    kept = folder if arguments.quick else FIGURES / "sequence"
+    kept, again = folder if arguments.quick else FIGURES / "sequence", arguments.quick or arguments.again
     asked = QUICK if arguments.quick else TRIALS
     measured: dict[str, list[dict[str, Any]]] = {
         name: [{part: of_baseline(answer, examples, part)._asdict() for part in SLICES}]
         for name, answer in BASELINES.items()
     }
     pairs = [(trial, seed) for seed in SEEDS[: 1 if arguments.quick else None] for trial in asked]
-    _measure_all(pairs, examples, kept, measured)
+    _measure_all(pairs, examples, kept, again, measured)
     best = max(asked, key=lambda trial: mean(measured[trial.name], "validation", "ndcg"))
     if not arguments.quick:
-        _measure_all([(best, seed) for seed in MORE_SEEDS], examples, kept, measured)
+        _measure_all([(best, seed) for seed in MORE_SEEDS], examples, kept, again, measured)
     report(measured, best.name, {} if arguments.quick else PUBLISHED, goal=None if arguments.quick else 1.0)
 
 
@@ -103,15 +107,19 @@ def simulated(users: int = 400, items: int = 200, seed: int = 0) -> list[np.ndar
 
 
 def _measure_all(
-    pairs: Sequence[tuple[Trial, int]], examples: Path, kept: Path, measured: dict[str, list[dict[str, Any]]]
+    pairs: Sequence[tuple[Trial, int]],
+    examples: Path,
+    kept: Path,
+    again: bool,
+    measured: dict[str, list[dict[str, Any]]],
 ) -> None:
-    calls = [(trial, seed, examples, kept) for trial, seed in pairs]
+    calls = [(trial, seed, examples, kept, again) for trial, seed in pairs]
     found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
     for (trial, _), figures in zip(pairs, found, strict=True):
         measured.setdefault(trial.name, []).append(figures)
 
 
-def measure(trial: Trial, seed: int, examples: Path, kept: Path) -> dict[str, Any]:
+def measure(trial: Trial, seed: int, examples: Path, kept: Path, again: bool) -> dict[str, Any]:
     """Figures of one training by slice, and its seconds; taken from `kept` if they are there."""
 
     def measured() -> dict[str, Any]:
@@ -126,9 +134,10 @@ def measure(trial: Trial, seed: int, examples: Path, kept: Path) -> dict[str, An
         figures = {part: of_model(model, schema, examples, part)._asdict() for part in SLICES}
         return figures | {"seconds": seconds, "epochs": epochs}
 
-    spec = {"model": trial.model, "overrides": dict(trial.overrides), "seed": seed, "window": window(examples)}
+    config = dataclasses.asdict(penstock.config(penstock.module("recall", trial.model), trial.overrides))
+    spec = {"model": trial.model, "config": config, "seed": seed, "window": window(examples)}
     modules = ("penstock.training", f"penstock.recall.{trial.model}")
-    return once(kept, trial.model, spec, modules, measured)
+    return once(kept, trial.model, spec, modules, measured, again)
 
 
 def mean(runs: Sequence[Mapping[str, Any]], part: str, figure: str) -> float:
@@ -167,6 +176,7 @@ def report(
                 peer_value = mean(measured[baseline], "test", figure)
                 rows.append(Comparison(f"{title}, test: {name}", ours, peer_value, baseline, "", at_least=goal))
     show("The best by validation NDCG@10, and what is published", rows)
+    say_former(run for name in names if name not in BASELINES for run in measured[name])
     print(f"written to {write_rows('sequence', rows)}")
 
 

@@ -81,10 +81,22 @@ def item_item(examples: Path, queries: pl.DataFrame, k: int) -> np.ndarray:
         part = asked[start : start + step]
         scores = (part @ near).toarray()
         scores[part.nonzero()] = 0.0
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        best = _best(scores, k)
         found = np.where(np.take_along_axis(scores, best, axis=1) > 0, ids[best], -1)
         ranked[start : start + step, : found.shape[1]] = found
     return ranked
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    """The places of the `k` largest of each row, in their order and of equals the first, `[rows, min(k, columns)]`."""
+    count = scores.shape[1]
+    if k >= count:
+        return np.argsort(-scores, axis=1, kind="stable")
+    least = np.partition(scores, count - k, axis=1)[:, count - k, None]
+    rows, columns = np.nonzero(scores >= least)  # k or, of equals, more
+    order = np.lexsort((columns, -scores[rows, columns], rows))
+    starts = np.searchsorted(rows, np.arange(len(scores)))
+    return columns[order[starts[:, None] + np.arange(k)]]
 
 
 def _nearest(seen: sparse.csr_matrix) -> sparse.csr_matrix:

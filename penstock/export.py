@@ -96,7 +96,7 @@ class _Recall(tf.Module):
             "k": tf.TensorSpec([], tf.int32, "k"),
             "exclude": tf.TensorSpec([None, None], tf.int64, "exclude"),
         }
-        self.recommend = tf.function(self._recommend, input_signature=[specs])
+        self.recommend = tf.function(self._recommend, input_signature=[specs], autograph=False)
 
     def _recommend(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         inputs = self._encoder(raw)
@@ -113,7 +113,7 @@ class _Rank(tf.Module):
         self._state = [variable.value for variable in model.variables]
         self._scores = model.scores
         self._encoder = encoder
-        self.predict = tf.function(self._predict, input_signature=[encoder.specs()])
+        self.predict = tf.function(self._predict, input_signature=[encoder.specs()], autograph=False)
 
     def _predict(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return self._scores(self._encoder(raw))

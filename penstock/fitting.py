@@ -201,7 +201,7 @@ class Checkpoint:
         shutil.rmtree(self._former, ignore_errors=True)
 
     def restore(self, model: keras.Model) -> tuple[list[np.ndarray], list[dict[str, float]]]:
-        """Puts the saved state into a compiled model; the best weights and the history so far, both [] if none is."""
+        """Puts the saved state into a built model and optimizer; best weights and history, both [] if there is none."""
         folder = self._folder if self._folder.exists() else self._former  # killed between two renames
         try:
             about = json.loads((folder / "about.json").read_text())
@@ -209,7 +209,6 @@ class Checkpoint:
             return [], []
         if about["identity"] != self._identity:
             return [], []
-        model.optimizer.build(model.trainable_variables)
         for variable, value in zip(_variables(model), _listed(folder / "state.npz"), strict=True):
             variable.assign(value)
         return _listed(folder / "best.npz"), about["history"]
@@ -226,6 +225,7 @@ def fit(
     Raises:
         TrainingError: the loss is not finite, or a worker does not see the chief's checkpoint.
     """
+    model.optimizer.build(model.trainable_variables)  # a step that makes variables is traced twice
     best, history = checkpoint.restore(model) if checkpoint else ([], [])
     if distribution.of_chief({"epochs": len(history)}) != {"epochs": len(history)}:
         raise TrainingError("this worker has another checkpoint than the chief: workers share its directory")

@@ -58,7 +58,7 @@ class Exact(tf.Module):
             scores, rows = tf.math.top_k(tf.matmul(queries, self._vectors, transpose_b=True), wide)
             return _without(tf.gather(self._ids, rows), scores, k, exclude)
 
-        return _in_parts(best, max(SCORES // max(len(self._ids), 1), 1), queries, exclude)
+        return _in_parts(best, max(SCORES // max(self._ids.shape[0], 1), 1), queries, exclude)
 
 
 class Blocks(tf.Module):

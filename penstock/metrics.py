@@ -193,15 +193,16 @@ def _hits(ranked: npt.ArrayLike, relevant: Sequence[npt.ArrayLike]) -> tuple[Boo
         raise MetricError(f"ranked lists must be [users, k], not of shape {lists.shape}")
     if len(relevant) != lists.shape[0]:
         raise MetricError(f"{lists.shape[0]} ranked lists for {len(relevant)} sets of relevant items")
-    sets = [np.unique(np.asarray(items, dtype=np.int64)) for items in relevant]
-    sizes = np.array([items.size for items in sets], dtype=np.int64)
-    if not sizes.any():
+    sets = [np.asarray(items, dtype=np.int64) for items in relevant]
+    told = np.array([items.size for items in sets], dtype=np.int64)
+    if not told.any():
         raise MetricError("no user has a relevant item")
     flat = np.concatenate(sets)
     _, codes = np.unique(np.concatenate((flat, lists.ravel())), return_inverse=True)
     width = int(codes.max()) + 1
     rows, k = lists.shape
-    wanted = np.repeat(np.arange(rows), sizes) * width + codes[: flat.size]
+    wanted = np.unique(np.repeat(np.arange(rows), told) * width + codes[: flat.size])
+    sizes = np.bincount(wanted // width, minlength=rows)
     found = np.repeat(np.arange(rows), k) * width + codes[flat.size :]
     first = np.zeros(found.size, dtype=bool)
     first[np.unique(found, return_index=True)[1]] = True

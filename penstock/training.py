@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import polars as pl
 import tensorflow as tf
+from keras import ops
 
 import penstock
 from penstock import calibration, distribution, objectives, optimizers, pretraining
@@ -139,7 +140,7 @@ def train_rank(
         seed,
         _checkpoint(checkpoint, examples, name, config, seed),
     )
-    predicted = _graph(model.uncalibrated)(validation)
+    predicted = _predicted(model.uncalibrated, validation)
     calibrators = {
         task: _calibrator(task, targets["validation"][task], predicted[task], config) for task in config.tasks
     }
@@ -212,26 +213,25 @@ def _encoded(model: keras.Model, rows: pl.DataFrame, schema: Schema) -> dict[str
     }
 
 
-def _graph(predict: Callable[[Any], dict[str, Any]]) -> Callable[[Rows], dict[str, np.ndarray]]:
-    """A method of a rank model as a function of rows, traced once: what it says of them, `[rows]` by name."""
-    graph: Callable[[Any], dict[str, Any]] | None = None
+def _predicted(predict: Callable[[Any], Mapping[str, Any]], rows: Rows) -> dict[str, np.ndarray]:
+    """What a method of a model says of rows, `[rows, …]` by name."""
+    parts = [predict(inputs) for inputs, _ in rows.batches()]
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
-    def predicted(rows: Rows) -> dict[str, np.ndarray]:
-        nonlocal graph
-        parts = []
-        for inputs, _ in rows.batches():
-            if graph is None:  # of any number of rows: the last batch has fewer
-                specs = {name: tf.TensorSpec([None, *value.shape[1:]], value.dtype) for name, value in inputs.items()}
-                graph = tf.function(predict, input_signature=[specs], jit_compile=False)
-            parts.append({name: np.asarray(values) for name, values in graph(inputs).items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    return predicted
+def _traced(predict: Callable[[Any], Mapping[str, Any]], rows: Rows) -> Callable[[Any], Mapping[str, Any]]:
+    """The method as a graph for batches of any size, which takes seconds to make: worth it for what is asked often."""
+    given, _ = rows.batches().element_spec
+    specs = {name: tf.TensorSpec([None, *spec.shape[1:]], spec.dtype) for name, spec in given.items()}
+    graph: Callable[[Any], Mapping[str, Any]] = tf.function(
+        predict, input_signature=[specs], autograph=False, jit_compile=False
+    )
+    return graph
 
 
 def scores(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
     """What a rank model would serve for some rows, `[rows]` by name."""
-    return _graph(model.scores)(Rows(_encoded(model.shared, rows, schema), (), SCORED))
+    return _predicted(model.scores, Rows(_encoded(model.shared, rows, schema), (), SCORED))
 
 
 def gates(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
@@ -240,16 +240,16 @@ def gates(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.nd
     if shares is None:
         return {}
     inputs = Rows(_encoded(model.shared, rows, schema), (), SCORED)
-    return _graph(lambda batch: shares(batch, training=False))(inputs)
+    return _predicted(lambda batch: shares(batch, training=False), inputs)
 
 
 def _log_losses(model: Ranking, rows: Rows, targets: Mapping[str, np.ndarray]) -> Measure:
     """The log loss of each probability, and their sum."""
     tasks = [task for task in model.config.tasks if task in BINARY]
-    scored = _graph(model.scores)
+    graph = _traced(model.scores, rows)
 
     def figures() -> dict[str, float]:
-        predicted = scored(rows)
+        predicted = _predicted(graph, rows)
         found = {f"val_{task}": log_loss(targets[task], predicted[task]) for task in tasks}
         return {"val_loss": sum(found.values()), **found}
 
@@ -273,7 +273,7 @@ def item_vectors(model: Retrieval, indices: np.ndarray) -> np.ndarray:
 
 def query_vectors(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> np.ndarray:
     """The vectors of the users of some rows as serving makes them, float32 `[rows, dim]`."""
-    return _vectors(model, _as_served(model, rows, schema))
+    return _predicted(_query(model), _as_served(model, rows, schema))["query"]
 
 
 def _as_served(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> Rows:
@@ -281,8 +281,8 @@ def _as_served(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> Rows:
     return Rows(_query_inputs(model, rows.with_columns(pl.lit(0.0, pl.Float32).alias(_AGE)), schema), (), 256)
 
 
-def _vectors(model: Retrieval, queries: Rows) -> np.ndarray:
-    return np.concatenate([np.asarray(model.query_tower(inputs), np.float32) for inputs, _ in queries.batches()])
+def _query(model: Retrieval) -> Callable[[Any], Mapping[str, Any]]:
+    return lambda inputs: {"query": ops.cast(model.query_tower(inputs, training=False), "float32")}
 
 
 def _build_recall(
@@ -352,9 +352,10 @@ def _ranking(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> Measure:
     rows = rows.gather_every(max(rows.height // VALIDATION_ROWS, 1))
     served, wanted = _as_served(model, rows, schema), _items(rows, schema) - FIRST
     indices = np.arange(FIRST, schema.size("item_id"))
+    graph = _traced(_query(model), served)
 
     def figures() -> dict[str, float]:
-        vectors, queries = item_vectors(model, indices), _vectors(model, served)
+        vectors, queries = item_vectors(model, indices), _predicted(graph, served)["query"]
         gains = []
         for start in range(0, len(queries), 256):
             scores = queries[start : start + 256] @ vectors.T

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from benchmarks.kept import code, once, sources
+from benchmarks.kept import FORMER, code, once, say_former, sources
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path):
@@ -14,8 +14,18 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     assert once(tmp_path, "a", {"seed": 1}, modules, measure) == {"figure": 1}
     assert once(tmp_path, "a", {"seed": 1}, modules, measure) == {"figure": 1}
     assert once(tmp_path, "a", {"seed": 2}, modules, measure) == {"figure": 2}
-    assert once(tmp_path, "a", {"seed": 1}, ["penstock.layers.experts"], measure) == {"figure": 3}
+    other = ["penstock.layers.experts"]
+    assert once(tmp_path, "a", {"seed": 1}, other, measure, again=False) == {"figure": 1, FORMER: True}
+    assert once(tmp_path, "a", {"seed": 1}, other, measure) == {"figure": 3}
+    assert once(tmp_path, "a", {"seed": 1}, other, measure, again=False) == {"figure": 3}
     assert len(list(tmp_path.iterdir())) == 2  # that of other code is gone
+
+
+def test_what_is_of_former_code_is_said(capsys):
+    say_former([{}, {}])
+    assert capsys.readouterr().out == ""
+    say_former([{}, {FORMER: True}, {}])
+    assert "1 of 3 runs were measured before the code changed" in capsys.readouterr().out
 
 
 def test_code_is_what_runs(tmp_path):

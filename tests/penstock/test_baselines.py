@@ -105,3 +105,10 @@ def test_popular_items_are_those_long_viewed_most_without_the_history(examples: 
     for ours, history in zip(popular(examples, queries, 5).tolist(), queries["history_items"].to_list(), strict=True):
         left = sorted((item for item in often if item not in history), key=lambda item: (-often[item], item))
         assert ours == left[:5]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 15))
+@settings(max_examples=50, deadline=None)
+def test_the_best_are_those_of_a_stable_sort(seed, columns, k):
+    scores = np.random.default_rng(seed).integers(0, 4, (5, columns)).astype(np.float32)  # many are equal
+    np.testing.assert_array_equal(baselines._best(scores, k), np.argsort(-scores, axis=1, kind="stable")[:, :k])
