@@ -42,6 +42,7 @@ CONFIG = mmoe.Config(
     embedding_scale=EMBEDDING_SCALE,
     match=MATCH,
     experts=EXPERTS,
+    embeddings=1,  # as the peers'
     expert_units=EXPERT_UNITS,
     tower_units=(TOWER_UNITS,),
     dropout=DROPOUT,

@@ -155,20 +155,36 @@ def join(config: RankConfig, schema: Schema, inputs: dict[str, keras.KerasTensor
     Args:
         inputs: of the encoded features of all `SIDES`, by name.
     """
+    (vector,) = join_sets(config, schema, inputs, 1)
+    return vector
+
+
+def join_sets(
+    config: RankConfig, schema: Schema, inputs: dict[str, keras.KerasTensor], sets: int
+) -> list[keras.KerasTensor]:
+    """`join` with so many sets of embeddings, each with a product of its own.
+
+    A table holds all vectors of an id side by side: however many there are, they are looked up at once.
+    """
     features = schema.of(*SIDES)
-    vectors = embed(withheld(config, schema, inputs), features, schema, config.dim, config.embedding_scale)
-    by_side = {
-        side: ops.concatenate([v for f, v in zip(features, vectors, strict=True) if f.side == side], axis=-1)
-        for side in SIDES
-    }
-    match = keras.layers.Dense(config.match)(by_side["user"]) * keras.layers.Dense(config.match)(by_side["item"])
-    vector = ops.concatenate([*by_side.values(), match], axis=-1)
-    if config.passes:
-        vector = ConcreteDropout(schema.rows)(vector)
-    if not config.latent_cross:
-        return vector
-    contexts = schema.named(*CONTEXT)
-    return LatentCross(sizes_of(contexts, schema))(vector, [inputs[feature.name] for feature in contexts])
+    wide = embed(withheld(config, schema, inputs), features, schema, sets * config.dim, config.embedding_scale)
+    vectors = []
+    for place in range(sets):
+        own = slice(place * config.dim, (place + 1) * config.dim)
+        parts = [
+            (f.side, v if f.kind in ("count", "number") else v[:, own]) for f, v in zip(features, wide, strict=True)
+        ]
+        by_side = {side: ops.concatenate([v for of, v in parts if of == side], axis=-1) for side in SIDES}
+        match = keras.layers.Dense(config.match)(by_side["user"]) * keras.layers.Dense(config.match)(by_side["item"])
+        vector = ops.concatenate([*by_side.values(), match], axis=-1)
+        if config.passes:
+            vector = ConcreteDropout(schema.rows)(vector)
+        if config.latent_cross:
+            contexts = schema.named(*CONTEXT)
+            crossed = LatentCross(sizes_of(contexts, schema))
+            vector = crossed(vector, [inputs[feature.name] for feature in contexts])
+        vectors.append(vector)
+    return vectors
 
 
 def withheld(config: RankConfig, schema: Schema, inputs: dict[str, keras.KerasTensor]) -> dict[str, keras.KerasTensor]:

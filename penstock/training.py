@@ -115,16 +115,17 @@ def train_rank(
         inputs["train"][POSITION] = rows["train"]["position"].fill_null(-1).to_numpy().astype(np.int32)
         model.position_bias.adapt(inputs["train"][POSITION], inputs["train"]["device"])
     if config.pretrained != "none":
+        tables = item_tables(model.shared)
         vectors = pretraining.vectors(
             config.pretrained,
             examples,
             schema,
             Catalogue.read(examples, schema),
-            config.dim,
+            tables[0].table.shape[1],
             seed,
             config.embedding_scale,
         )
-        for table in item_tables(model.shared):
+        for table in tables:
             table.table.assign(vectors)
             table.trainable = not config.frozen
     train, validation = (
