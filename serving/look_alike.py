@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from feature_repo.online import Online, Request
-from penstock import release, routing
+from penstock import release
 from penstock.look_alike import (
     LEAST_SEEDS,
     Content,
@@ -85,28 +85,29 @@ def follow(home: Path, config: Config | None = None) -> int:
         return buffer.follow(home / "feedback")
 
 
-def refresh(home: Path, model_server: str, config: Config | None = None) -> list[Refreshed]:
-    """Brings the tables of all releases that answer up to date with the seeds, as far as these have a model.
+def refresh(home: Path, number: int, model_server: str, config: Config | None = None) -> Refreshed:
+    """Brings the table of a release up to date with the seeds.
 
     Raises:
         StoreError: the feature store cannot be read.
         ModelError: the model server does not answer.
-        LookAlikeError: a release of before query towers told users' vectors.
+        OSError: the release has no look-alike model.
+        LookAlikeError: its model is of another tower, or it is of before query towers told users' vectors.
     """
-    numbers = [number for number in routing.read(home / "routing.json").answering if trained(home, number)]
-    if not numbers:
-        return []
-    online = Online(home)
-    with SeedBuffer(buffer_path(home), config) as buffer, ModelClient(model_server, timeout_seconds=30.0) as client:
-        return [_refresh(home, number, online, buffer, client) for number in numbers]
-
-
-def _refresh(home: Path, number: int, online: Online, buffer: SeedBuffer, client: ModelClient) -> Refreshed:
     manifest = release.manifest(home, number)
     tower = tower_of(manifest)
     scorer = Scorer.read(model_path(home, number), tower)
+    online = Online(home)
+    with SeedBuffer(buffer_path(home), config) as buffer, ModelClient(model_server, timeout_seconds=30.0) as client:
+        users = Vectors(online, client, number, str(manifest["feature_services"]["rank"]))
+        return _refresh(home, number, tower, scorer, online.catalogue(), buffer, users)
+
+
+def _refresh(
+    home: Path, number: int, tower: str, scorer: Scorer, catalogue: pl.DataFrame, buffer: SeedBuffer, users: Vectors
+) -> Refreshed:
     before = _before(home, number, tower, scorer)
-    sequence, counts, catalogue = buffer.sequence, buffer.counts(), online.catalogue()
+    sequence, counts = buffer.sequence, buffer.counts()
     known = pl.read_parquet(release.directory(home, number) / "items.parquet", columns=["item_id"])["item_id"]
     new = np.setdiff1d(catalogue["item_id"].to_numpy(), known.to_numpy())
     enough = [item for item, count in counts.items() if count >= LEAST_SEEDS]
@@ -118,7 +119,6 @@ def _refresh(home: Path, number: int, online: Online, buffer: SeedBuffer, client
     stale = sorted(item for item in wanted if item in changed or item not in items)
     lenders = np.array(sorted(set(enough) & there), np.int64)
     content = Content.of(catalogue) if len(lenders) else None
-    users = Vectors(online, client, number, str(manifest["feature_services"]["rank"]))
     for item in stale:
         items.pop(item, None)
         found = _made(item, counts.get(item, 0), buffer, users, content, lenders, scorer)
