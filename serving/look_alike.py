@@ -118,7 +118,8 @@ def _refresh(
     changed = set(buffer.changed(before.sequence if before else 0))
     stale = sorted(item for item in wanted if item in changed or item not in items)
     lenders = np.array(sorted(set(enough) & there), np.int64)
-    content = Content.of(catalogue) if len(lenders) else None
+    borrow = any(counts.get(item, 0) < LEAST_SEEDS for item in stale)
+    content = Content.of(catalogue) if borrow and len(lenders) else None  # it takes seconds for a large catalogue
     for item in stale:
         items.pop(item, None)
         found = _made(item, counts.get(item, 0), buffer, users, content, lenders, scorer)
