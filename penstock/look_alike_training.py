@@ -262,7 +262,7 @@ def train(
     groups = Groups.of(vectors, seeds, count, config.centroids, seed)
     several = of_item[seeds.items] >= 2
     examples = Liked(seeds.users[several], seeds.items[several])
-    inputs, targets = pairs(examples, both, groups.places[several], candidates, config, seed)
+    inputs, targets = pairs(examples, seeds, groups.places[several], candidates, config, seed)
     model = PairTrainer(vectors, groups, config)
     rows = Rows(inputs, targets, config.batch_size)
     rate = keras.optimizers.schedules.PolynomialDecay(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import polars as pl
 import pytest
 
 from feature_repo.online import Online
@@ -96,17 +97,26 @@ def test_what_did_not_change_is_taken_over_and_no_version_is_spent(alike):
 
 
 def test_users_of_whom_nothing_is_known_are_no_seeds(alike):
-    give(alike, (STRANGER, 1005), (STRANGER + 1, 1005), (KNOWN_USER, 1006), (STRANGER, 1006))
+    strangers = range(STRANGER, STRANGER + 5)
+    give(alike, *((stranger, item) for stranger in strangers for item in (1005, 1006, 1007, NEW[0])))
+    give(alike, (KNOWN_USER, 1006), (KNOWN_USER, 1007), (CROWD, 1007), (KNOWN_USER, NEW[0]), start=100)
     refreshed(alike)
     items = read(alike).items()
-    assert 1005 not in items
-    assert items[1006].present.sum() == 1
+    assert {1005, 1006}.isdisjoint(items)  # recall knows them, and nobody or one is too few
+    assert (items[1007].own, items[1007].present.sum()) == (2, 2)
+    assert items[NEW[0]].own == 1
 
 
 def test_an_item_that_is_gone_from_the_catalogue_leaves_the_table(alike):
-    give(alike, (KNOWN_USER, 77_777), (CROWD, 77_777))
+    gone = 77_777
+    give(alike, (KNOWN_USER, gone), (CROWD, gone), (KNOWN_USER, 1005), (CROWD, 1005))
     refreshed(alike)
-    assert 77_777 not in read(alike).ids
+    former = read(alike)
+    assert gone not in former.ids
+    items = former.items()
+    Table.of(1, former.tower, 7, former.sequence, former.scorer, {**items, gone: items[1005]}).publish(alike.home)
+    assert refreshed(alike) == look_alike.Refreshed(1, len(items), 0, 8)
+    assert read(alike).ids.tolist() == former.ids.tolist()
 
 
 def test_a_new_item_with_few_seeds_is_known_by_items_like_it(alike):
@@ -118,6 +128,19 @@ def test_a_new_item_with_few_seeds_is_known_by_items_like_it(alike):
     assert items[NEW[1]].own == 0
     assert items[NEW[1]].present.sum() >= 1
     assert 1006 not in items  # recall knows it, and nobody liked it: nothing is borrowed
+
+
+def test_the_most_alike_lend_first_their_latest_and_none_of_them_all(alike):
+    catalogue = pl.DataFrame({"item_id": [1, 2, 3, 4], "author_id": [7, 7, 8, 9], "category": [1, 1, 1, 2]})
+    give(alike, *((user, item) for item in (2, 3, 4) for user in range(10 * item, 10 * item + 9)), (21, 1))
+    with SeedBuffer(look_alike.buffer_path(alike.home)) as buffer:
+        lenders = look_alike.Lenders(buffer, catalogue, np.array([2, 3, 4]))
+        own = buffer.users(1)
+        assert lenders.to(1, own, 5).tolist() == [28, 27, 26, 38, 37]
+        assert lenders.to(1, own, 2).tolist() == [28, 38]
+        assert sorted(lenders.to(1, own, 99).tolist()) == [20, *range(22, 29), *range(30, 39)]
+        assert lenders.to(99, own, 5).tolist() == []
+        assert look_alike.Lenders(buffer, catalogue, np.array([], np.int64)).to(1, own, 5).tolist() == []
 
 
 def test_a_run_that_fails_leaves_the_former_table(alike, monkeypatch):
