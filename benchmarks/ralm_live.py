@@ -140,7 +140,7 @@ def _serving(home: Path) -> Iterator[tuple[httpx.Client, str]]:
 
 def _leave_vectors_as_they_are() -> Scorer:
     same, nothing = np.eye(serving_home.DIM, dtype=np.float32), np.zeros((serving_home.DIM, 1), np.float32)
-    return Scorer(same, nothing[:, 0], nothing, nothing[0], same, np.float32(0.3), np.float32(0.7))
+    return Scorer(same, nothing[:, 0], nothing, nothing[0], same, np.array(0.3, np.float32), np.array(0.7, np.float32))
 
 
 def _users(home: Path, address: str, count: int) -> tuple[np.ndarray, np.ndarray]:
