@@ -124,7 +124,7 @@ def look_alike() -> None:
         with at_work(number):
             return asdict(look_alike.refresh(home(), number, rollout.servers(os.environ).model_server, config))
 
-    @task_group(tooltip="A release that answers")
+    @task_group(prefix_group_id=False, tooltip="A release that answers")
     def answers(number: int) -> None:
         refresh(number=train(number=number))
 

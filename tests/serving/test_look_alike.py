@@ -225,10 +225,10 @@ def test_a_release_that_cannot_be_trained_is_named_and_leaves_the_others_alone(a
     assert json.loads(done.stdout.splitlines()[-1]) == {
         "run": "failed",
         "follow -1": "success",
-        "answers.train release 1": "success",
-        "answers.train release 2": "failed",
-        "answers.refresh release 1": "success",
-        "answers.refresh 1": "upstream_failed",
+        "train release 1": "success",
+        "train release 2": "failed",
+        "refresh release 1": "success",
+        "refresh 1": "upstream_failed",
     }
     assert "release 2: there are no examples yet: trigger the DAG `prepare` first" in done.stdout + done.stderr
     assert NEW[0] in read(alike).ids
