@@ -131,7 +131,7 @@ bench-recall: $(READY) $(PEERS)
 
 # Look-alike on new items beside other scores, with the simulator's audience, and how fast, in an hour; QUICK=1 is a smaller form.
 bench-ralm: $(READY)
-	@$(BIN)/python -W ignore -m benchmarks.ralm $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
+	@$(BIN)/python -W ignore -m benchmarks.ralm $(if $(QUICK),--quick) $(if $(AGAIN),--again) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data "$(DATA)")
 
 # Training steps beside PyTorch, DeepMatch and plain Keras at four sizes of the vocabulary, in half an hour; QUICK=1 is a smaller form.
 bench-recall-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))

@@ -1,8 +1,8 @@
 """Look-alike on items that are new: beside other ways to score them, with an audience, and how fast.
 
 `make bench-ralm DATA=path/to/KuaiRand-Pure` prints the tables and writes build/bench/ralm.json and ralm-k.png; QUICK=1
-is a smaller form of it, on a simulated log. What was measured of a seed stays in build/bench/ralm, until the code
-changes.
+is a smaller form of it, on a simulated log, SEEDS=1 leaves the other seeds out. What was measured of a seed stays in
+benchmarks/figures/ralm: a run that was stopped goes on, and AGAIN=1 measures what is of former code again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -24,8 +25,9 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from benchmarks.kept import once, window
-from benchmarks.recall import SMALL, make_examples
+from benchmarks import ralm_live
+from benchmarks.kept import FIGURES, once, say_former, window
+from benchmarks.recall import make_examples
 from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import metrics, training
@@ -34,9 +36,9 @@ from penstock.events import DAY_MS
 from penstock.examples import FIRST, Schema, encode_ids, read_slice
 from penstock.look_alike import LEAST_SEEDS, Content, Scorer, Table, cluster, item_of
 from penstock.look_alike_training import Config, Liked, train
+from penstock.retrieval import Retrieval
 from penstock.seeds import LIKED
 
-SEEDS = (1, 2, 3, 4, 5)
 YOUNG = 1 / 3
 """The share of the items, those that appeared last, that are asked for."""
 DEPTHS = (10, 50)
@@ -57,28 +59,79 @@ MODULES = (
 MEASURES = ("auc", *(f"prec@{k}" for k in DEPTHS))
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        seeds: trainings of each way.
+        epochs: of the towers, at most.
+        ways: names in `WAYS`.
+        world: of the simulator's audience, which makes `requests` in a day.
+        repeats: of what is timed.
+        clustered: seeds of k-means.
+    """
+
+    seeds: tuple[int, ...]
+    epochs: int
+    ways: tuple[str, ...]
+    world: simulator.Config
+    requests: int
+    repeats: int
+    clustered: int
+    live: ralm_live.Size
+
+
+FULL = Size(
+    (1, 2, 3, 4, 5),
+    12,
+    tuple(WAYS),
+    simulator.Config(users=3000, items=1000, items_per_day=60, days=14),
+    20_000,
+    300,
+    100_000,
+    ralm_live.FULL,
+)
+QUICK = Size(
+    (1,),
+    2,
+    ("mean of seeds", "RALM"),
+    simulator.Config(users=400, items=200, items_per_day=15, days=8),
+    300,
+    10,
+    20_000,
+    ralm_live.QUICK,
+)
+
+
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="a KuaiRand-Pure directory, as its authors publish it")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", action="store_true", help="measure again what was measured before the code changed")
+    parser.add_argument("--seeds", type=int, choices=range(1, len(FULL.seeds) + 1), metavar="1-5")
     arguments = parser.parse_args()
     if not arguments.quick and arguments.data is None:
         sys.exit("Say where the data is: make bench-ralm DATA=path/to/KuaiRand-Pure (see the README)")
     print(machine(), flush=True)
-    quick = arguments.quick
+    quick, again = arguments.quick, arguments.quick or arguments.again
+    size = QUICK if quick else FULL
     folder = BUILD / ("ralm-quick" if quick else "ralm")
-    examples = make_examples(folder / "examples", arguments.data)
-    small = simulator.Config(users=3000, items=1000, items_per_day=60, days=14)
-    world = SMALL if quick else small
-    simulated = examples if quick else make_examples(folder / "simulated", None, world)
-    seeds, epochs = (SEEDS[:1], 2) if quick else (SEEDS, 12)
-    found = each(offline, [(examples, folder, seed, epochs) for seed in seeds], [f"seed {seed}" for seed in seeds])
+    figures = folder if quick else FIGURES / "ralm"
+    simulated = make_examples(folder / "simulated", None, size.world)
+    examples = simulated if quick else make_examples(folder / "examples", arguments.data)
+    seeds = size.seeds[: arguments.seeds]
+    calls = [(examples, figures, seed, size.epochs, size.ways, again) for seed in seeds]
+    # a single one is of this process: the audience asks for the same tower
+    found = [offline(*calls[0])] if quick else each(offline, calls, [f"seed {seed}" for seed in seeds])
     rows = of_new_items(found, goals=not quick)
-    shown = audience(simulated, folder, world, 1, epochs, 1200 if quick else 20_000)
+    shown = audience(simulated, figures, size.world, 1, size.epochs, size.requests, again)
     rows += with_audience(shown, goals=not quick)
-    rows += speed(10 if quick else 300, 20_000 if quick else 100_000)
+    rows += speed(size.repeats, size.clustered)
+    rows += at_work(ralm_live.live(folder, size.live), size.live.items)
     show("Look-alike", rows)
+    say_former([*found, shown])
     print(f"written: {write('ralm-quick' if quick else 'ralm', rows)}, {elbow(found, folder)}")
 
 
@@ -127,39 +180,65 @@ def _indices(rows: pl.DataFrame, schema: Schema) -> np.ndarray:
     return encode_ids(rows["item_id"].to_numpy(), schema.vocabularies["item_id"])
 
 
-def offline(examples: Path, folder: Path, seed: int, epochs: int) -> dict[str, Any]:
+class Known(NamedTuple):
+    """What there is of an examples directory before any way to score: a tower, and users' vectors by it at the cut."""
+
+    schema: Schema
+    split: Split
+    tower: Retrieval
+    vectors: np.ndarray
+
+
+@cache
+def known(examples: Path, seed: int, epochs: int) -> Known:
+    """With the tower of RALM."""
+    schema = Schema.load(examples / "schema")
+    split = Split.of(examples, schema)
+    tower = _trained(examples, "ralm_user", seed, epochs)
+    return Known(schema, split, tower, training.query_vectors(tower, split.before, schema))
+
+
+def _trained(examples: Path, name: str, seed: int, epochs: int) -> Retrieval:
+    with tempfile.TemporaryDirectory() as place:
+        training.train_recall(examples, name, {"epochs": epochs}, seed, Path(place) / name)
+        return training.load_recall(examples, Path(place) / name)[0]
+
+
+@cache
+def scorer_of(examples: Path, seed: int, epochs: int, config: Config) -> Scorer:
+    """A look-alike model on that tower; young items, which will be asked for, help no one to stop in time."""
+    schema, split, _, vectors = known(examples, seed, epochs)
+    later = split.liked_later(schema)
+    old = ~np.isin(later.items, split.young)
+    settings = replace(config, epochs=min(epochs, config.epochs))
+    return train(vectors, split.seeds, Liked(*(part[old] for part in later)), settings, seed)[0]
+
+
+def offline(examples: Path, folder: Path, seed: int, epochs: int, ways: tuple[str, ...], again: bool) -> dict[str, Any]:
     """The figures of each way to score young items after the cut, by name; and the elbow of k."""
 
     def measured() -> dict[str, Any]:
-        schema = Schema.load(examples / "schema")
-        split = Split.of(examples, schema)
+        schema, split, tower, vectors = known(examples, seed, epochs)
+        youtube = _trained(examples, "youtube_dnn", seed, epochs)
         scores = {"logistic regression": _regression(examples, schema, split)}
-        with tempfile.TemporaryDirectory() as place:
-            for name in ("youtube_dnn", "ralm_user"):
-                training.train_recall(examples, name, {"epochs": epochs}, seed, Path(place) / name)
-            youtube, _ = training.load_recall(examples, Path(place) / "youtube_dnn")
-            tower, _ = training.load_recall(examples, Path(place) / "ralm_user")
         items = training.item_vectors(youtube, split.young)
         scores["YouTubeDNN"] = training.query_vectors(youtube, split.at, schema) @ items.T
-        vectors = training.query_vectors(tower, split.before, schema)
         asked = training.query_vectors(tower, split.at, schema)
-        later = split.liked_later(schema)
-        old = ~np.isin(later.items, split.young)  # what is asked for helps no one to stop in time
         of_item = {item: split.seeds.users[split.seeds.items == item] for item in split.young.tolist()}
-        for name, config in WAYS.items():
+        for name in ways:
+            config = WAYS[name]
             if config is None:
                 means = np.array([_unit(vectors[users].mean(axis=0)) for users in of_item.values()])
                 scores[name] = _unit(asked) @ means.T
                 continue
-            settings = replace(config, epochs=min(epochs, config.epochs))
-            scorer, _ = train(vectors, split.seeds, Liked(*(part[old] for part in later)), settings, seed)
+            scorer = scorer_of(examples, seed, epochs, config)
             table = Table.of(1, "", 1, 0, scorer, {i: item_of(vectors[u], len(u), scorer) for i, u in of_item.items()})
             scores[name] = np.array([scorer.score(user, table.seeds, table.present, table.summaries) for user in asked])
         figures = {name: judge(of, split, schema) for name, of in scores.items()}
         return {"figures": figures, "elbow": _inertia(vectors, [users for users in of_item.values() if len(users) > 5])}
 
-    spec = {"seed": seed, "epochs": epochs, "window": window(examples)}
-    return once(folder, "offline", spec, MODULES, measured)
+    spec = {"seed": seed, "epochs": epochs, "ways": ways, "window": window(examples)}
+    return once(folder, "offline", spec, MODULES, measured, again)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -273,24 +352,18 @@ def elbow(found: Sequence[dict[str, Any]], folder: Path) -> Path:
 
 
 def audience(
-    examples: Path, folder: Path, world: simulator.Config, seed: int, epochs: int, requests: int
+    examples: Path, folder: Path, world: simulator.Config, seed: int, epochs: int, requests: int, again: bool
 ) -> dict[str, dict[str, float]]:
     """The day after the log, lived by the simulator's audience in each of the ways of `LIVED`."""
 
     def measured() -> dict[str, Any]:
-        schema = Schema.load(examples / "schema")
-        with tempfile.TemporaryDirectory() as place:
-            training.train_recall(examples, "ralm_user", {"epochs": epochs}, seed, Path(place) / "tower")
-            tower, _ = training.load_recall(examples, Path(place) / "tower")
-        split = Split.of(examples, schema)
-        liked = split.liked_later(schema)
-        vectors = training.query_vectors(tower, split.before, schema)
-        scorer, _ = train(vectors, split.seeds, liked, Config(epochs=min(epochs, 8)), seed)
+        schema, split, tower, vectors = known(examples, seed, epochs)
+        scorer = scorer_of(examples, seed, epochs, Config())
         day = Day(world, split, schema, vectors, training.item_vectors(tower, _all(schema)), scorer)
         return {way: day.live(requests, way) for way in LIVED}
 
     spec = {"seed": seed, "epochs": epochs, "requests": requests, "window": window(examples)}
-    return once(folder, "audience", spec, MODULES, measured)
+    return once(folder, "audience", spec, MODULES, measured, again)
 
 
 def _all(schema: Schema) -> np.ndarray:
@@ -433,7 +506,7 @@ def with_audience(found: dict[str, dict[str, float]], goals: bool) -> list[Compa
 
 
 def speed(repeats: int, seeds: int) -> list[Comparison]:
-    """Scoring 10,000 items on one core beside the product of the matrices; k-means; and what changed items cost."""
+    """Scoring 10,000 items on one core beside the product of the matrices, and k-means."""
     random = np.random.default_rng(0)
     items, k, h, dim = 10_000, 20, 32, 32
 
@@ -449,18 +522,24 @@ def speed(repeats: int, seeds: int) -> list[Comparison]:
         began = time.perf_counter()
         cluster(normal(seeds, 128), k)
         means = time.perf_counter() - began
-        users = normal(200, dim)
-        times = {}
-        for changed in (10, 100):
-            began = time.perf_counter()
-            for _ in range(changed):
-                item_of(users, 200, scorer)
-            times[changed] = time.perf_counter() - began
     return [
         Comparison("1 user x 10,000 items, p99, one core", 1000 * ours, 1000 * product, "matrix product", "ms"),
         Comparison("the same beside what is allowed", 1000 * ours, 20.0, "20 ms", "ms", at_most=1.0),
-        Comparison(f"k-means of {seeds:,} x 128", means, 10.0, "10 s", "s", at_most=1.0),
-        Comparison("100 changed items of a table", times[100], times[10], "10 changed items", "s", at_most=15.0),
+        Comparison(f"k-means of {seeds:,} x 128, one core", means, 10.0, "10 s", "s", at_most=1.0),
+    ]
+
+
+def at_work(found: ralm_live.Measured, items: int) -> list[Comparison]:
+    """Rows of how soon the table follows; what each part of the way took is printed."""
+    parts = {"feedback": found.told, "follow and refresh": found.tasks, "answer": found.answered}
+    show_columns("From an item's 100th seed to an answer with it", {"": list(parts), "seconds": list(parts.values())})
+    of = {changed: f"refresh, {changed:,} of {items:,} items changed" for changed in found.refreshes}
+    one, ten, hundred = found.refreshes
+    return [
+        Comparison("from the 100th seed to an answer", sum(parts.values()), 60.0, "a minute", "s", at_most=1.0),
+        Comparison(of[ten], found.refreshes[ten], found.refreshes[one], f"{one}", "s", at_most=15.0),
+        Comparison(of[hundred], found.refreshes[hundred], found.refreshes[ten], f"{ten}", "s", at_most=15.0),
+        Comparison(of[ten], found.refreshes[ten], found.of_fewer, f"{ten} of {items // 10:,}", "s", at_most=2.0),
     ]
 
 

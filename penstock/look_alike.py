@@ -253,7 +253,9 @@ class Table:
         return self.ids[best], scores[best].astype(np.float64)
 
     def publish(self, home: Path) -> None:
-        """Takes the place of the release's former table, whole or not at all."""
+        """Takes the place of the release's former table, whole or not at all; one process at a time."""
+        for left in table_path(home, self.release).parent.glob(".table.npz-*"):  # of one that was killed while it wrote
+            left.unlink()
         arrays = {field.name: getattr(self, field.name) for field in fields(Table) if field.name != "scorer"}
         held = {f"scorer_{name}": value for name, value in vars(self.scorer).items()}
         replace_file(table_path(home, self.release), _npz({name: np.asarray(of) for name, of in arrays.items()} | held))

@@ -39,7 +39,7 @@ class Config:
         attention: units of the self-attention over the seeds.
         alpha, beta: weights of the global and the local embedding; of 0 the part is left out.
         learn_weights: they are learned from there.
-        negatives: items that the user did not like, for each that he did.
+        negatives: items that the user did not like, for each that he did, drawn as often as they are liked.
         positives_per_user: so many of the items of a user at most are examples.
     """
 
@@ -202,7 +202,7 @@ def pairs(
     Args:
         known: all that anybody is known to like, from which no negative is drawn.
         places: of the pairs of `liked`; none of a user who is no seed.
-        candidates: items that have seeds.
+        candidates: items that have seeds, each as often as it is to be drawn.
 
     Returns:
         The inputs of a row each and the targets: 0 of a draw that the user does like, many times over.
@@ -251,7 +251,9 @@ def train(
     """
     count = int(max(seeds.items.max(initial=-1), later.items.max(initial=-1))) + 1
     of_item = np.bincount(seeds.items, minlength=count)
-    candidates = np.flatnonzero(of_item >= 2)
+    several = of_item[seeds.items] >= 2
+    examples = Liked(seeds.users[several], seeds.items[several])
+    candidates = examples.items  # as often as they are liked: else a model learns who is liked by many, not by whom
     both = Liked.of(np.concatenate([seeds.users, later.users]), np.concatenate([seeds.items, later.items]))
     known = set(zip(seeds.users.tolist(), seeds.items.tolist(), strict=True))
     new = np.array([pair not in known for pair in zip(later.users.tolist(), later.items.tolist(), strict=True)], bool)
@@ -260,9 +262,7 @@ def train(
         raise TrainingError("look-alike learns from items that two or more users like, and others like later")
     keras.utils.set_random_seed(seed)
     groups = Groups.of(vectors, seeds, count, config.centroids, seed)
-    several = of_item[seeds.items] >= 2
-    examples = Liked(seeds.users[several], seeds.items[several])
-    inputs, targets = pairs(examples, both, groups.places[several], candidates, config, seed)
+    inputs, targets = pairs(examples, seeds, groups.places[several], candidates, config, seed)
     model = PairTrainer(vectors, groups, config)
     rows = Rows(inputs, targets, config.batch_size)
     rate = keras.optimizers.schedules.PolynomialDecay(

@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from feature_repo.online import Online, Request
-from penstock import release, routing
+from penstock import release
 from penstock.look_alike import (
     LEAST_SEEDS,
     Content,
@@ -85,43 +86,42 @@ def follow(home: Path, config: Config | None = None) -> int:
         return buffer.follow(home / "feedback")
 
 
-def refresh(home: Path, model_server: str, config: Config | None = None) -> list[Refreshed]:
-    """Brings the tables of all releases that answer up to date with the seeds, as far as these have a model.
+def refresh(home: Path, number: int, model_server: str, config: Config | None = None) -> Refreshed:
+    """Brings the table of a release up to date with the seeds.
 
     Raises:
         StoreError: the feature store cannot be read.
         ModelError: the model server does not answer.
-        LookAlikeError: a release of before query towers told users' vectors.
+        OSError: the release has no look-alike model.
+        LookAlikeError: its model is of another tower, or it is of before query towers told users' vectors.
     """
-    numbers = [number for number in routing.read(home / "routing.json").answering if trained(home, number)]
-    if not numbers:
-        return []
-    online = Online(home)
-    with SeedBuffer(buffer_path(home), config) as buffer, ModelClient(model_server, timeout_seconds=30.0) as client:
-        return [_refresh(home, number, online, buffer, client) for number in numbers]
-
-
-def _refresh(home: Path, number: int, online: Online, buffer: SeedBuffer, client: ModelClient) -> Refreshed:
     manifest = release.manifest(home, number)
     tower = tower_of(manifest)
     scorer = Scorer.read(model_path(home, number), tower)
+    online = Online(home)
+    with SeedBuffer(buffer_path(home), config) as buffer, ModelClient(model_server, timeout_seconds=30.0) as client:
+        users = Vectors(online, client, number, str(manifest["feature_services"]["rank"]))
+        return _refresh(home, number, tower, scorer, online.catalogue(), buffer, users)
+
+
+def _refresh(
+    home: Path, number: int, tower: str, scorer: Scorer, catalogue: pl.DataFrame, buffer: SeedBuffer, users: Vectors
+) -> Refreshed:
     before = _before(home, number, tower, scorer)
-    sequence, counts, catalogue = buffer.sequence, buffer.counts(), online.catalogue()
+    sequence, counts = buffer.sequence, buffer.counts()
     known = pl.read_parquet(release.directory(home, number) / "items.parquet", columns=["item_id"])["item_id"]
-    new = np.setdiff1d(catalogue["item_id"].to_numpy(), known.to_numpy())
-    enough = [item for item, count in counts.items() if count >= LEAST_SEEDS]
     there = set(catalogue["item_id"].to_list())
-    wanted = (set(enough) | set(new.tolist())) & there
+    new = there - set(known.to_list())
+    enough = {item for item, count in counts.items() if count >= LEAST_SEEDS} & there
+    wanted = enough | new
     items = {item: of for item, of in (before.items() if before else {}).items() if item in wanted}
     taken_over = len(items)
     changed = set(buffer.changed(before.sequence if before else 0))
     stale = sorted(item for item in wanted if item in changed or item not in items)
-    lenders = np.array(sorted(set(enough) & there), np.int64)
-    content = Content.of(catalogue) if len(lenders) else None
-    users = Vectors(online, client, number, str(manifest["feature_services"]["rank"]))
+    lenders = Lenders(buffer, catalogue, np.array(sorted(enough), np.int64))
     for item in stale:
         items.pop(item, None)
-        found = _made(item, counts.get(item, 0), buffer, users, content, lenders, scorer)
+        found = _made(item, buffer, users, lenders if item in new else None, scorer)
         if found is not None:
             items[item] = found
     made = len([item for item in stale if item in items])
@@ -144,27 +144,42 @@ def _before(home: Path, number: int, tower: str, scorer: Scorer) -> Table | None
     return found if found.scorer.digest == scorer.digest else None
 
 
-def _made(
-    item: int,
-    count: int,
-    buffer: SeedBuffer,
-    users: Vectors,
-    content: Content | None,
-    lenders: np.ndarray,
-    scorer: Scorer,
-) -> Item | None:
-    """An item by its seeds, and others' where they are few; None if nobody is known of whom a vector could be made."""
-    own = buffer.users(item) if count else np.empty(0, np.int64)
-    parts = [own]
-    if count < LEAST_SEEDS and content is not None:
-        lacking = LEAST_SEEDS - count
-        alike = content.like(item, lenders)[:LENDERS]
-        # the most alike lend first, none of them more than half of what is lacking, so that none decides alone
-        for lender in alike.tolist():
-            lent = np.setdiff1d(buffer.users(lender), np.concatenate(parts), assume_unique=True)[: -(-lacking // 2)]
-            parts.append(lent[: max(LEAST_SEEDS - sum(map(len, parts)), 0)])
-    vectors = users.of(np.concatenate(parts))
+def _made(item: int, buffer: SeedBuffer, users: Vectors, lenders: Lenders | None, scorer: Scorer) -> Item | None:
+    """An item by its seeds, with others' where they are few and it may borrow; None if there are too few of them."""
+    own = buffer.users(item)
+    vectors = users.of(own)
+    count = len(vectors)
+    if count < LEAST_SEEDS:
+        if lenders is None:
+            return None
+        vectors = users.of(np.concatenate([own, lenders.to(item, own, LEAST_SEEDS - count)]))
     return item_of(vectors, count, scorer) if len(vectors) else None
+
+
+class Lenders:
+    """The items that have seeds enough, for those that have not.
+
+    Args:
+        items: their ids.
+    """
+
+    def __init__(self, buffer: SeedBuffer, catalogue: pl.DataFrame, items: np.ndarray) -> None:
+        self._buffer, self._catalogue, self._items = buffer, catalogue, items
+
+    @cached_property
+    def _content(self) -> Content:
+        """It takes seconds for a large catalogue, and is not always asked."""
+        return Content.of(self._catalogue)
+
+    def to(self, item: int, own: np.ndarray, lacking: int) -> np.ndarray:
+        """So many seeds, or as many as there are, of the items most like one, the latest and none of its own."""
+        taken = own
+        # the most alike lend first, none of them more than half of what is lacking, so that none decides alone
+        for lender in self._content.like(item, self._items)[:LENDERS].tolist() if len(self._items) else ():
+            of = self._buffer.users(lender)
+            left = lacking - (len(taken) - len(own))
+            taken = np.concatenate([taken, of[~np.isin(of, taken)][: min(-(-lacking // 2), left)]])
+        return taken[len(own) :]
 
 
 class Vectors:

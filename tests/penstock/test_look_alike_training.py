@@ -15,11 +15,11 @@ def vectors(users, seed=1):
     return np.random.default_rng(seed).normal(size=(users, DIM)).astype(np.float32)
 
 
-def chance(users=80, items=30, each=12, seed=2):
-    """Likes without any reason."""
+def chance(users=80, each=(12,) * 30, seed=2):
+    """Likes without any reason, of each item so many."""
     random = np.random.default_rng(seed)
-    of = [random.choice(users, each, replace=False) for _ in range(items)]
-    return Liked.of(np.concatenate(of), np.repeat(np.arange(items), each))
+    of = [random.choice(users, count, replace=False) for count in each]
+    return Liked.of(np.concatenate(of), np.repeat(np.arange(len(each)), each))
 
 
 def test_what_it_says_is_what_the_scorer_says():
@@ -56,8 +56,8 @@ def test_an_example_is_scored_as_if_its_user_had_never_liked_the_item():
 
 
 def test_nothing_is_learned_where_there_is_nothing_to_learn():
-    """A model that sees the user among the seeds tells his items from others, however they were drawn."""
-    users, liked = vectors(80), chance()
+    """A model that sees the user among the seeds tells his items from others, and one that sees how many there are."""
+    users, liked = vectors(80), chance(each=(2, 4, 40) * 10)
     later = Liked.of(np.arange(80), np.random.default_rng(5).integers(0, 30, 80))
     config = Config(centroids=8, dim=16, negatives=4, epochs=12, patience=99, learning_rate=0.02, batch_size=64)
     _, history = train(users, liked, later, config)
@@ -90,7 +90,7 @@ def test_weights_are_learned_only_if_that_is_asked_for():
 
 
 def test_examples_are_capped_and_what_is_liked_is_no_negative():
-    liked = chance(users=10, items=20, each=6)
+    liked = chance(users=10, each=(6,) * 20)
     config = Config(negatives=3, positives_per_user=4)
     inputs, valid = pairs(liked, liked, None, np.arange(20), config, 1)
     assert np.bincount(inputs["user"]).max() == 4

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
+import polars as pl
 import pytest
 
 from feature_repo.online import Online
-from penstock import release
+from penstock import release, routing
+from penstock.feedback import FeedbackLog
 from penstock.look_alike import LookAlikeError, Scorer, Table, model_path, table_path, tower_of
+from penstock.routing import Routing
 from penstock.seeds import SeedBuffer
 from serving import look_alike
 from serving.gateway import create_app
@@ -24,6 +32,8 @@ NEW = (2005, 2006)
 """Items that release 1 does not know, and whoever is asked has not seen."""
 
 STRANGER = 555
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def scorer() -> Scorer:
@@ -48,8 +58,7 @@ def give(system: System, *pairs: tuple[int, int], start: int = 1) -> None:
 
 
 def refreshed(system: System) -> look_alike.Refreshed:
-    (found,) = look_alike.refresh(system.home, system.address)
-    return found
+    return look_alike.refresh(system.home, 1, system.address)
 
 
 def read(system: System) -> Table:
@@ -88,17 +97,26 @@ def test_what_did_not_change_is_taken_over_and_no_version_is_spent(alike):
 
 
 def test_users_of_whom_nothing_is_known_are_no_seeds(alike):
-    give(alike, (STRANGER, 1005), (STRANGER + 1, 1005), (KNOWN_USER, 1006), (STRANGER, 1006))
+    strangers = range(STRANGER, STRANGER + 5)
+    give(alike, *((stranger, item) for stranger in strangers for item in (1005, 1006, 1007, NEW[0])))
+    give(alike, (KNOWN_USER, 1006), (KNOWN_USER, 1007), (CROWD, 1007), (KNOWN_USER, NEW[0]), start=100)
     refreshed(alike)
     items = read(alike).items()
-    assert 1005 not in items
-    assert items[1006].present.sum() == 1
+    assert {1005, 1006}.isdisjoint(items)  # recall knows them, and nobody or one is too few
+    assert (items[1007].own, items[1007].present.sum()) == (2, 2)
+    assert items[NEW[0]].own == 1
 
 
 def test_an_item_that_is_gone_from_the_catalogue_leaves_the_table(alike):
-    give(alike, (KNOWN_USER, 77_777), (CROWD, 77_777))
+    gone = 77_777
+    give(alike, (KNOWN_USER, gone), (CROWD, gone), (KNOWN_USER, 1005), (CROWD, 1005))
     refreshed(alike)
-    assert 77_777 not in read(alike).ids
+    former = read(alike)
+    assert gone not in former.ids
+    items = former.items()
+    Table.of(1, former.tower, 7, former.sequence, former.scorer, {**items, gone: items[1005]}).publish(alike.home)
+    assert refreshed(alike) == look_alike.Refreshed(1, len(items), 0, 8)
+    assert read(alike).ids.tolist() == former.ids.tolist()
 
 
 def test_a_new_item_with_few_seeds_is_known_by_items_like_it(alike):
@@ -110,6 +128,19 @@ def test_a_new_item_with_few_seeds_is_known_by_items_like_it(alike):
     assert items[NEW[1]].own == 0
     assert items[NEW[1]].present.sum() >= 1
     assert 1006 not in items  # recall knows it, and nobody liked it: nothing is borrowed
+
+
+def test_the_most_alike_lend_first_their_latest_and_none_of_them_all(alike):
+    catalogue = pl.DataFrame({"item_id": [1, 2, 3, 4], "author_id": [7, 7, 8, 9], "category": [1, 1, 1, 2]})
+    give(alike, *((user, item) for item in (2, 3, 4) for user in range(10 * item, 10 * item + 9)), (21, 1))
+    with SeedBuffer(look_alike.buffer_path(alike.home)) as buffer:
+        lenders = look_alike.Lenders(buffer, catalogue, np.array([2, 3, 4]))
+        own = buffer.users(1)
+        assert lenders.to(1, own, 5).tolist() == [28, 27, 26, 38, 37]
+        assert lenders.to(1, own, 2).tolist() == [28, 38]
+        assert sorted(lenders.to(1, own, 99).tolist()) == [20, *range(22, 29), *range(30, 39)]
+        assert lenders.to(99, own, 5).tolist() == []
+        assert look_alike.Lenders(buffer, catalogue, np.array([], np.int64)).to(1, own, 5).tolist() == []
 
 
 def test_a_run_that_fails_leaves_the_former_table(alike, monkeypatch):
@@ -129,6 +160,81 @@ def test_a_run_that_fails_leaves_the_former_table(alike, monkeypatch):
     assert 1005 in read(alike).ids
 
 
+def test_runs_that_are_killed_leave_the_former_table_and_the_next_makes_the_right_one(alike, tmp_path):
+    give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]))
+    refreshed(alike)
+    former = table_path(alike.home, 1).read_bytes()
+    give(alike, (KNOWN_USER, 1005), (CROWD, 1005), (KNOWN_USER, 1006), (CROWD, 1006), start=100)
+    refreshed(alike)
+    never_killed = read(alike)
+    table_path(alike.home, 1).write_bytes(former)
+    with FeedbackLog(tmp_path / "feedback") as log:
+        context = {"time_ms": 1, "scenario": 0, "device": 0, "release": 1, "variant": "champion", "features_us": None}
+        log.impressions(70, KNOWN_USER, [5, 6], **context)
+        log.outcomes(70, [{"item_id": 5, "long_view": 1}, {"item_id": 6, "long_view": 1}])
+    command = [sys.executable, "-m", "tests.serving.killed", str(alike.home), alike.address, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(json.loads(done.stdout).values()) == {"SIGKILL"}, done.stdout + done.stderr
+
+    assert read(alike).version == 1
+    with serving(create_app(alike.settings)) as gateway:
+        answer = ask(gateway, k=100)
+    assert answer["degraded"] == []
+    assert NEW[0] in [item["item_id"] for item in answer["items"]]
+    assert refreshed(alike).version == 2
+    folder = table_path(alike.home, 1).parent
+    assert sorted(path.name for path in folder.iterdir()) == ["model.npz", "table.npz"]
+    assert {1005, 1006} < set(never_killed.ids.tolist())
+    for name in ("version", "sequence", "ids", "seeds", "present", "summaries", "own"):
+        np.testing.assert_array_equal(getattr(read(alike), name), getattr(never_killed, name))
+
+    with SeedBuffer(look_alike.buffer_path(tmp_path)) as buffer:
+        assert (buffer.counts(), buffer.sequence) == ({}, 0)
+    assert look_alike.follow(tmp_path) == 2
+    with SeedBuffer(look_alike.buffer_path(tmp_path)) as buffer:
+        assert buffer.counts() == {5: 1, 6: 1}
+
+
+RUNS = """
+import json
+from airflow.dag_processing.dagbag import DagBag
+from airflow.utils.db import initdb
+initdb()
+run = DagBag("dags").dags["look_alike"].test()
+ended = {f"{task.task_id} {task.rendered_map_index or task.map_index}": task.state for task in run.get_task_instances()}
+print(json.dumps({"run": run.state, **ended}))
+"""
+
+
+def test_a_release_that_cannot_be_trained_is_named_and_leaves_the_others_alone(alike, tmp_path):
+    """As Airflow runs it: release 2 has no model, and there are no examples to train one of."""
+    alike.put(routing.canary(Routing(champion=1), 2, 0.5))
+    give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]))
+    environment = os.environ | {
+        "AIRFLOW_HOME": str(tmp_path),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "PENSTOCK_HOME": str(alike.home),
+        "PENSTOCK_MODEL_SERVER": alike.address,
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "run": "failed",
+        "follow -1": "success",
+        "train release 1": "success",
+        "train release 2": "failed",
+        "refresh release 1": "success",
+        "refresh 1": "upstream_failed",
+    }
+    assert "release 2: there are no examples yet: trigger the DAG `prepare` first" in done.stdout + done.stderr
+    assert NEW[0] in read(alike).ids
+    assert not table_path(alike.home, 2).exists()
+
+
 def test_a_damaged_table_is_made_anew(alike):
     give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]))
     refreshed(alike)
@@ -136,10 +242,11 @@ def test_a_damaged_table_is_made_anew(alike):
     assert refreshed(alike).items == len(read(alike).ids)
 
 
-def test_releases_without_a_model_have_no_table_and_a_model_of_another_tower_is_refused(alike, tmp_path):
+def test_a_release_without_a_model_has_no_table_and_a_model_of_another_tower_is_refused(alike, tmp_path):
     model_path(alike.home, 1).unlink()
     assert not look_alike.trained(alike.home, 1)
-    assert look_alike.refresh(alike.home, alike.address) == []
+    with pytest.raises(FileNotFoundError):
+        refreshed(alike)
     scorer().save(tmp_path / "model.npz", "another")
     with pytest.raises(LookAlikeError, match="another query tower"):
         look_alike.adopt(alike.home, 1, tmp_path / "model.npz")
