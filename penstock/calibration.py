@@ -51,11 +51,11 @@ class Temperature:
         return probabilities
 
     def graph(self, logits: Any) -> Any:
-        """The same of a TensorFlow tensor, of its own type."""
-        import tensorflow as tf  # fits and NumPy need none of it
+        """The same of a tensor, of its own type."""
+        from keras import ops  # fits and NumPy need none of it
 
-        wide = self.slope * tf.cast(logits, tf.float64) + self.intercept
-        return tf.cast(tf.sigmoid(wide), logits.dtype)
+        wide = self.slope * ops.cast(logits, "float64") + self.intercept
+        return ops.cast(ops.sigmoid(wide), logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,15 @@ class Isotonic:
         return probabilities
 
     def graph(self, logits: Any) -> Any:
-        """The same of a TensorFlow tensor, of its own type."""
-        import tensorflow as tf  # fits and NumPy need none of it
+        """The same of a tensor, of its own type."""
+        from keras import ops  # fits and NumPy need none of it
 
-        scores, values, slopes = map(tf.constant, self._line())
-        s = tf.cast(logits, tf.float64)
-        piece = tf.reshape(tf.searchsorted(scores, tf.reshape(s, [-1]), side="right"), tf.shape(s))
-        knot = tf.maximum(piece - 1, 0)
-        wide = tf.gather(values, knot) + tf.gather(slopes, piece) * (s - tf.gather(scores, knot))
-        return tf.cast(tf.sigmoid(wide), logits.dtype)
+        scores, values, slopes = map(ops.convert_to_tensor, self._line())
+        s = ops.cast(logits, "float64")
+        piece = ops.reshape(ops.searchsorted(scores, ops.reshape(s, (-1,)), side="right"), ops.shape(s))
+        knot = ops.maximum(piece - 1, 0)
+        wide = ops.take(values, knot) + ops.take(slopes, piece) * (s - ops.take(scores, knot))
+        return ops.cast(ops.sigmoid(wide), logits.dtype)
 
     def _line(self) -> tuple[Array, Array, Array]:
         """Knots `[knots]` twice, and the slope of each piece `[knots + 1]`."""
@@ -111,10 +111,10 @@ class Scale:
         return self.factor * np.asarray(predictions, np.float64)
 
     def graph(self, predictions: Any) -> Any:
-        """The same of a TensorFlow tensor, of its own type."""
-        import tensorflow as tf  # fits and NumPy need none of it
+        """The same of a tensor, of its own type."""
+        from keras import ops  # fits and NumPy need none of it
 
-        return tf.cast(self.factor * tf.cast(predictions, tf.float64), predictions.dtype)
+        return ops.cast(self.factor * ops.cast(predictions, "float64"), predictions.dtype)
 
 
 Calibrator = Temperature | Isotonic | Scale

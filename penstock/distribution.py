@@ -1,15 +1,16 @@
 """Training on several devices, of one host or of several, by `tf.distribute`.
 
 Each replica, a device, holds all weights and takes an equal part of each batch; gradients are summed over the replicas
-before weights change, so that a step is the one that one device would make of the whole batch. With a single device, or
-another backend than TensorFlow, nothing here does anything.
+before weights change, so that a step is the one that one device would make of the whole batch. With a single device
+nothing here does anything; another backend than TensorFlow trains on its first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def scope() -> Iterator[None]:
     leaves before the chief does, which the others' connections are made by.
 
     Raises:
-        RuntimeError: there are several workers, and this one has computed something before.
+        RuntimeError: there are several workers, and this one has computed something before, or is not of TensorFlow.
     """
     strategy = _strategy()
     if strategy is None:
@@ -38,6 +39,8 @@ def scope() -> Iterator[None]:
 def _strategy() -> Any:
     """The strategy that the process is to have; None if it has one or needs none."""
     if keras.backend.backend() != "tensorflow":
+        if "TF_CONFIG" in os.environ:
+            raise RuntimeError("TF_CONFIG is of several workers, which only KERAS_BACKEND=tensorflow has")
         return None
     import tensorflow as tf  # its strategies alone are meant
 
@@ -79,6 +82,16 @@ def summed(values: Any) -> Any:
 def place() -> Any:
     """Within a step: which replica this is; its rows stand at that place in what is `gathered`."""
     return _context().replica_id_in_sync_group if replicas() > 1 else 0
+
+
+def batches(of_worker: Callable[[int, int], Any]) -> Any:
+    """A data set for all replicas of those that each worker makes for its own, of how many there are and its number."""
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    return strategy.distribute_datasets_from_function(
+        lambda context: of_worker(context.num_input_pipelines, context.input_pipeline_id)
+    )
 
 
 def is_chief() -> bool:

@@ -18,6 +18,9 @@ from penstock.ranking import Ranking
 from penstock.retrieval import EXAMPLE_AGE, Retrieval
 from penstock.training import item_vectors
 
+if keras.config.backend() != "tensorflow":
+    raise ImportError(f"models are exported under KERAS_BACKEND=tensorflow, not {keras.config.backend()}")
+
 WARM_UP = Path("assets.extra") / "tf_serving_warmup_requests"
 """Where in a SavedModel TF Serving looks for requests that it answers before anybody else's."""
 

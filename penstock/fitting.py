@@ -17,10 +17,9 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
-from penstock import distribution
+from penstock import backends, distribution
 from penstock.durable import sync_file
 
 PROGRESS_SECONDS = 10.0
@@ -69,8 +68,7 @@ class Rows:
     """
 
     def __init__(self, inputs: Mapping[str, np.ndarray], targets: Any, batch_size: int) -> None:
-        with tf.device("CPU:0"):  # batches are made there: a GPU would hold all rows and give them back for each
-            self._held = tf.nest.map_structure(tf.constant, (dict(inputs), targets))
+        self._held = backends.hold((dict(inputs), targets))
         self.batch_size = batch_size
         self.count = len(next(iter(inputs.values())))
 
@@ -79,13 +77,13 @@ class Rows:
         """Batches of an epoch; the last may be smaller."""
         return -(-self.count // self.batch_size)
 
-    def batches(self, order: np.ndarray | None = None) -> tf.data.Dataset:
-        """The batches, with the rows in some order `[rows]` or their own."""
+    def batches(self, order: np.ndarray | None = None) -> Any:
+        """The batches, as Keras and a loop take them, with the rows in some order `[rows]` or their own."""
         rows = np.arange(self.count) if order is None else order
         starts = np.arange(0, len(rows), self.batch_size)
-        return self._cut(rows, starts, np.minimum(starts + self.batch_size, len(rows)))
+        return backends.cut(self._held, rows, starts, np.minimum(starts + self.batch_size, len(rows)))
 
-    def shared(self, order: np.ndarray) -> tf.data.Dataset | tf.distribute.DistributedDataset:
+    def shared(self, order: np.ndarray) -> Any:
         """The batches of an epoch, each in equal parts for the replicas in force; whole for a single one.
 
         The last is filled up from the first rows of the epoch until it can be shared.
@@ -103,21 +101,12 @@ class Rows:
         parts = (np.minimum(starts + self.batch_size, len(rows)) - starts) // replicas
         starts = starts + parts * np.arange(replicas)
 
-        def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
-            here = replicas // context.num_input_pipelines
-            mine = slice(context.input_pipeline_id * here, (context.input_pipeline_id + 1) * here)
-            return self._cut(rows, starts[:, mine].ravel(), (starts + parts)[:, mine].ravel())
+        def of_worker(pipelines: int, place: int) -> Any:
+            here = replicas // pipelines
+            mine = slice(place * here, (place + 1) * here)
+            return backends.cut(self._held, rows, starts[:, mine].ravel(), (starts + parts)[:, mine].ravel())
 
-        return tf.distribute.get_strategy().distribute_datasets_from_function(of_worker)
-
-    def _cut(self, order: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tf.data.Dataset:
-        """One batch after another, each of the rows from a start to an end of the order."""
-        rows = tf.constant(order)
-        edges = tf.data.Dataset.from_tensor_slices((starts, ends))
-        return edges.map(lambda start, end: self._take(rows[start:end]), num_parallel_calls=2).prefetch(2)
-
-    def _take(self, index: tf.Tensor) -> Any:
-        return tf.nest.map_structure(lambda array: tf.gather(array, index), self._held)
+        return distribution.batches(of_worker)
 
 
 def check(inputs: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> None:

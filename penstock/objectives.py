@@ -26,11 +26,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops, random
 
-from penstock import distribution
-from penstock.examples import FIRST
+from penstock import backends, distribution
+from penstock.examples import FIRST, PADDING
 from penstock.losses import ranking, sampled
 from penstock.losses.gramian import AverageGramian, OnlineGramian, gravity, quadratic
 from penstock.retrieval import RecallConfig
@@ -46,7 +45,7 @@ class Objective(keras.layers.Layer):
         """Makes what is remembered that is as wide as a query; `input_shape` is that of the queries, `[batch, dim]`."""
         self.built = True
 
-    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None, counts: Any = None) -> Any:
         """The mean over the batch, `[]`.
 
         Args:
@@ -54,6 +53,7 @@ class Objective(keras.layers.Layer):
             positives: item indices `[batch]`.
             item_tower: item indices `[…]` → vectors `[…, dim]`.
             rows: which of the training examples these are, int32 `[batch]`, each once an epoch.
+            counts: which rows count, as `penstock.losses.sampled.mean` takes them.
         """
         raise NotImplementedError
 
@@ -65,16 +65,14 @@ class Softmax(Objective):
         super().__init__()
         self._known = known
 
-    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None, counts: Any = None) -> Any:
         items = item_tower(ops.arange(FIRST, FIRST + self._known, dtype="int32"))
-        return sampled.mean_softmax(queries, items, positives - FIRST)
+        return sampled.mean_softmax(queries, items, positives - FIRST, counts=counts)
 
 
 def _vectors(item_tower: ItemTower, positives: Any, others: Any) -> tuple[Any, Any]:
     """The vectors of two lists of indices, from one call of the tower."""
-    vectors = item_tower(ops.concatenate([positives, others]))
-    # the gradient of slices would be two whole matrices and their sum
-    return tuple(tf.split(vectors, [tf.size(positives), tf.size(others)]))
+    return backends.parted(item_tower(ops.concatenate([positives, others])), positives, others)
 
 
 class _Drawn(Objective):
@@ -102,7 +100,7 @@ class _Drawn(Objective):
 class SampledSoftmax(_Drawn):
     """Softmax over the positive and negatives that the batch shares, corrected for how likely each was drawn."""
 
-    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None, counts: Any = None) -> Any:
         negatives, log_times = sampled.distinct(self.sampler.draw(self._sample))
         of_positives, of_negatives = _vectors(item_tower, positives, negatives)
         return sampled.mean_sampled_softmax(
@@ -113,6 +111,7 @@ class SampledSoftmax(_Drawn):
             negatives,
             self._log_count(positives),
             self._log_count(negatives) - log_times,
+            counts=counts,
         )
 
 
@@ -124,13 +123,15 @@ class InBatch(Objective):
         self.frequency = frequency
         self._log_q = log_q
 
-    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None, counts: Any = None) -> Any:
         batch, log_q = distribution.gathered(positives), None
         if self._log_q:
-            self.frequency.update(batch)
+            # what does not count is noted as padding, which nobody asks for
+            self.frequency.update(batch if counts is None else ops.where(counts > 0, batch, PADDING))
             log_q = self.frequency.log_probability(batch)
-        first = distribution.place() * tf.size(positives) if distribution.replicas() > 1 else None
-        return ops.mean(sampled.in_batch_softmax(queries, item_tower(batch), batch, log_q, first))
+        first = distribution.place() * ops.shape(positives)[0] if distribution.replicas() > 1 else None
+        losses = sampled.in_batch_softmax(queries, item_tower(batch), batch, log_q, first, counts)
+        return sampled.mean(losses, counts)
 
 
 class NCE(_Drawn):
@@ -146,7 +147,7 @@ class NCE(_Drawn):
             start = keras.initializers.Constant(-float(np.log(known)))
             self.log_normaliser = self.add_weight(shape=(), initializer=start, name="log_normaliser")
 
-    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None, counts: Any = None) -> Any:
         negatives = self.sampler.draw(self._sample)
         of_positives, of_negatives = _vectors(item_tower, positives, negatives)
         normaliser = ops.convert_to_tensor(self.log_normaliser) if self._log_q else 0.0
@@ -157,7 +158,7 @@ class NCE(_Drawn):
             self._log_count(positives) - normaliser,
             self._log_count(negatives) - normaliser,
         )
-        return ops.mean(losses)
+        return sampled.mean(losses, counts)
 
 
 class Tapas(_Drawn):
@@ -179,7 +180,7 @@ class Tapas(_Drawn):
         self._temperature = temperature
         self._seeds = random.SeedGenerator(seed)
 
-    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None, counts: Any = None) -> Any:
         negatives = self.sampler.draw(self._sample)
         of_positives, of_negatives = _vectors(item_tower, positives, negatives)
         log_count = self._log_count(negatives)
@@ -192,6 +193,7 @@ class Tapas(_Drawn):
             self._gumbel(),
             self._resample,
             self._temperature,
+            counts,
         )
         losses = sampled.sampled_softmax(
             queries,
@@ -202,7 +204,7 @@ class Tapas(_Drawn):
             self._log_count(positives),
             ops.take(log_count, places) + (log_kept if self._log_q else 0.0),
         )
-        return ops.mean(losses)
+        return sampled.mean(losses, counts)
 
     def _gumbel(self) -> Any:
         uniform = random.uniform((self._sample,), minval=1e-20, seed=self._seeds)
@@ -227,14 +229,14 @@ class _AllPairs(_Drawn):
             raise ValueError(f"gravity is a weight, at least 0, not {strength}")
         self._strength = strength
 
-    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None, counts: Any = None) -> Any:
         drawn = self.sampler.draw(self._sample)
         of_positives, of_drawn = _vectors(item_tower, positives, drawn)
-        of_queries, of_items = self.gramians(queries, rows, drawn, of_drawn)
-        pull = gravity(queries, of_drawn, of_queries, of_items)
-        return ops.mean(quadratic(queries, of_positives)) + self._strength * pull
+        of_queries, of_items = self.gramians(queries, rows, drawn, of_drawn, counts)
+        pull = gravity(queries, of_drawn, of_queries, of_items, counts)
+        return sampled.mean(quadratic(queries, of_positives), counts) + self._strength * pull
 
-    def gramians(self, queries: Any, rows: Any, drawn: Any, of_drawn: Any) -> tuple[Any, Any]:
+    def gramians(self, queries: Any, rows: Any, drawn: Any, of_drawn: Any, counts: Any) -> tuple[Any, Any]:
         """The estimates of queries and items with a batch taken in, `[dim, dim]` each."""
         raise NotImplementedError
 
@@ -254,8 +256,8 @@ class SOGram(_AllPairs):
         self.of_queries = OnlineGramian(input_shape[-1], self._decay)
         self.of_items = OnlineGramian(input_shape[-1], self._decay)
 
-    def gramians(self, queries: Any, rows: Any, drawn: Any, of_drawn: Any) -> tuple[Any, Any]:
-        return self.of_queries.update(queries), self.of_items.update(of_drawn)
+    def gramians(self, queries: Any, rows: Any, drawn: Any, of_drawn: Any, counts: Any) -> tuple[Any, Any]:
+        return self.of_queries.update(queries, counts), self.of_items.update(of_drawn)
 
 
 class SAGram(_AllPairs):
@@ -274,7 +276,7 @@ class SAGram(_AllPairs):
         self.of_queries = AverageGramian(np.full(self._examples, 1.0 / max(self._examples, 1)), input_shape[-1])
         self.of_items = AverageGramian(self._items, input_shape[-1])
 
-    def gramians(self, queries: Any, rows: Any, drawn: Any, of_drawn: Any) -> tuple[Any, Any]:
+    def gramians(self, queries: Any, rows: Any, drawn: Any, of_drawn: Any, counts: Any) -> tuple[Any, Any]:
         if rows is None:
             raise ValueError("sagram remembers each example: it has to be told which of them the rows are")
         return self.of_queries.update(rows, queries), self.of_items.update(drawn, of_drawn)
@@ -291,12 +293,12 @@ class Ranking(_Drawn):
         super().__init__(sampler, sample)
         self._of = of
 
-    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None) -> Any:
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None, counts: Any = None) -> Any:
         drawn = self.sampler.draw(self._sample)
         of_positives, of_drawn = _vectors(item_tower, positives, drawn)
-        counts = ops.cast(ops.not_equal(drawn[None, :], positives[:, None]), queries.dtype)
+        others = ops.cast(ops.not_equal(drawn[None, :], positives[:, None]), queries.dtype)
         scores = ops.sum(queries * of_positives, axis=-1), ops.matmul(queries, ops.transpose(of_drawn))
-        return ops.mean(self._of(*scores, counts))
+        return sampled.mean(self._of(*scores, others), counts)
 
 
 SAMPLERS: dict[str, Callable[[RecallConfig, np.ndarray, int], Sampler]] = {

@@ -5,6 +5,8 @@ entry by entry, so that a row that occurs twice gets a wrong update, and compute
 costs as much as the vocabulary is large. Here the entries of a row are summed, then the rows that there are get their
 update. Clipping sees the summed rows, and so does as with dense gradients. A dense gradient is applied by TensorFlow's
 one operation for it, where Keras takes a dozen for each variable.
+
+On another backend gradients of tables are dense, and updates are Keras's: of all rows, with Adagrad to the same result.
 """
 
 from __future__ import annotations

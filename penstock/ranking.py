@@ -409,4 +409,6 @@ def check_tasks(config: RankConfig) -> None:
         if getattr(config, name) not in known:
             raise ValueError(f"unknown {name} {getattr(config, name)!r}: there are {', '.join(known)}")
     if config.pretrained != "none":
+        if keras.config.backend() != "tensorflow":
+            raise ValueError(f"pretrained vectors are learnt by KERAS_BACKEND=tensorflow, not {keras.config.backend()}")
         penstock.module("pretraining", config.pretrained)

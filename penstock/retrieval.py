@@ -79,7 +79,8 @@ class Towers(NamedTuple):
         by_content: the item tower reads attributes, so that items training has not seen have vectors too.
         pairs: what is learnt of a row by a model that learns from a whole history at once, not from its next item
             alone: the query's inputs and the positives `[batch]` → queries `[pairs, dim]` and their positives
-            `[pairs]`. Training then gives it a user's last row for all those that the row's history holds.
+            `[pairs]`, and which of them count (`penstock.backends.those`). Training then gives it a user's last row for
+            all those that the row's history holds.
     """
 
     query: keras.Model
@@ -118,15 +119,16 @@ class Retrieval(distribution.Model):
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
         positives, rows = (y["item"], y["row"]) if isinstance(y, dict) else (y, None)
+        counts = None
         if self.pairs is not None:
-            y_pred, positives = self.pairs(x, positives, training=training)
+            y_pred, positives, counts = self.pairs(x, positives, training=training)
             rows = None  # a pair is a part of one
 
         def item_tower(indices: Any) -> Any:
             return ops.cast(self.item_tower(indices, training=training), "float32")
 
         y_pred = ops.cast(y_pred, "float32")  # losses are, whatever layers compute in
-        return distribution.share(self.objective.loss(y_pred, ops.cast(positives, "int32"), item_tower, rows))
+        return distribution.share(self.objective.loss(y_pred, ops.cast(positives, "int32"), item_tower, rows, counts))
 
 
 @keras.saving.register_keras_serializable("penstock")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops, random
 
+from penstock import backends
 from penstock.examples import FIRST
 
 _NEVER = -690.0
@@ -137,8 +137,6 @@ class StreamingFrequency(keras.layers.Layer):
     gap that the counts let expect, `1 / (1 − (1 − count / Σ counts)^batch)`, of which the estimate of a stationary
     stream stays the mean (their equation 9).
 
-    Written in TensorFlow: an update writes the items of the batch alone.
-
     Args:
         counts: how often each index occurs as a positive, `[size]`.
         batch_size: rows of a batch.
@@ -163,14 +161,15 @@ class StreamingFrequency(keras.layers.Layer):
     def update(self, indices: ops.Tensor) -> None:
         """Takes in the items of one batch, int `[batch]`; how often each is in it makes no difference."""
         self.step.assign(self.step + 1)
-        since = tf.cast(self.step.value - tf.gather(self.last.value, indices), tf.float32)
-        gap = (1.0 - self._decay) * tf.gather(self.gap.value, indices) + self._decay * since
-        self.gap.value.scatter_update(tf.IndexedSlices(gap, indices))
-        self.last.value.scatter_update(tf.IndexedSlices(tf.fill(tf.shape(indices), self.step.value), indices))
+        step = ops.convert_to_tensor(self.step)
+        since = ops.cast(step - backends.rows(self.last, indices), "float32")
+        gap = (1.0 - self._decay) * backends.rows(self.gap, indices) + self._decay * since
+        backends.write_rows(self.gap, indices, gap)
+        backends.write_rows(self.last, indices, ops.broadcast_to(step, ops.shape(indices)))
 
     def log_probability(self, indices: ops.Tensor) -> ops.Tensor:
         """log p of each index, float32 of the same shape."""
-        return -tf.math.log(tf.gather(self.gap.value, indices))
+        return -ops.log(backends.rows(self.gap, indices))
 
 
 def checked_decay(decay: float) -> float:

@@ -14,11 +14,10 @@ from typing import Any
 import keras
 import numpy as np
 import polars as pl
-import tensorflow as tf
 from keras import ops
 
 import penstock
-from penstock import calibration, distribution, objectives, optimizers, pretraining
+from penstock import backends, calibration, distribution, objectives, optimizers
 from penstock.catalogue import Catalogue
 from penstock.examples import FIRST, Schema, encode_ids, read_slice
 from penstock.fitting import Checkpoint, Measure, Rows, TrainingError, check, fit, precision
@@ -115,6 +114,8 @@ def train_rank(
         inputs["train"][POSITION] = rows["train"]["position"].fill_null(-1).to_numpy().astype(np.int32)
         model.position_bias.adapt(inputs["train"][POSITION], inputs["train"]["device"])
     if config.pretrained != "none":
+        from penstock import pretraining  # learns on TensorFlow
+
         tables = item_tables(model.shared)
         vectors = pretraining.vectors(
             config.pretrained,
@@ -220,16 +221,6 @@ def _predicted(predict: Callable[[Any], Mapping[str, Any]], rows: Rows) -> dict[
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
-def _traced(predict: Callable[[Any], Mapping[str, Any]], rows: Rows) -> Callable[[Any], Mapping[str, Any]]:
-    """The method as a graph for batches of any size, which takes seconds to make: worth it for what is asked often."""
-    given, _ = rows.batches().element_spec
-    specs = {name: tf.TensorSpec([None, *spec.shape[1:]], spec.dtype) for name, spec in given.items()}
-    graph: Callable[[Any], Mapping[str, Any]] = tf.function(
-        predict, input_signature=[specs], autograph=False, jit_compile=False
-    )
-    return graph
-
-
 def scores(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
     """What a rank model would serve for some rows, `[rows]` by name."""
     return _predicted(model.scores, Rows(_encoded(model.shared, rows, schema), (), SCORED))
@@ -247,7 +238,7 @@ def gates(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.nd
 def _log_losses(model: Ranking, rows: Rows, targets: Mapping[str, np.ndarray]) -> Measure:
     """The log loss of each probability, and their sum."""
     tasks = [task for task in model.config.tasks if task in BINARY]
-    graph = _traced(model.scores, rows)
+    graph = backends.compiled(model.scores, model.variables, rows.batches())
 
     def figures() -> dict[str, float]:
         predicted = _predicted(graph, rows)
@@ -353,7 +344,7 @@ def _ranking(model: Retrieval, rows: pl.DataFrame, schema: Schema) -> Measure:
     rows = rows.gather_every(max(rows.height // VALIDATION_ROWS, 1))
     served, wanted = _as_served(model, rows, schema), _items(rows, schema) - FIRST
     indices = np.arange(FIRST, schema.size("item_id"))
-    graph = _traced(_query(model), served)
+    graph = backends.compiled(_query(model), model.variables, served.batches())
 
     def figures() -> dict[str, float]:
         vectors, queries = item_vectors(model, indices), _predicted(graph, served)["query"]

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from penstock import backends
 from penstock.examples import UNKNOWN, Feature, Schema
 
 _DTYPES = {"id": "int32", "ids": "int32", "integer": "int64", "integers": "int64"}
@@ -22,7 +23,7 @@ class Embedding(keras.layers.Layer):
 
     `keras.layers.Embedding` reads the whole table at each step, a copy once rows of it have been changed in place.
     TensorFlow gathers from the variable itself, and its gradient is sparse, which XLA does not compile: `supports_jit`
-    is False there. On other backends the rows are taken as Keras takes them.
+    is False there.
 
     Args:
         size: number of rows; indices are 0 … size − 1.
@@ -31,7 +32,7 @@ class Embedding(keras.layers.Layer):
 
     Raises:
         tensorflow.errors.InvalidArgumentError: an index out of range, negative ones included, on the CPU. A GPU gives
-            the zero vector, other backends what they like: `penstock.examples.encode_ids` gives none.
+            the zero vector, JAX what it likes: `penstock.examples.encode_ids` gives none.
     """
 
     def __init__(self, size: int, dim: int, initializer: Any = "uniform", vocabulary: str = "", **kwargs: Any) -> None:
@@ -39,39 +40,19 @@ class Embedding(keras.layers.Layer):
         self.size, self.dim, self.vocabulary = size, dim, vocabulary
         self.initializer = keras.initializers.get(initializer)
         self.autocast = False  # a cast would read the whole table
-        self.supports_jit = keras.backend.backend() != "tensorflow"
+        self.supports_jit = backends.FIXED_SHAPES
 
     def build(self, input_shape: Any) -> None:
         self.table = self.add_weight((self.size, self.dim), self.initializer, name="embeddings")
 
     def call(self, indices: Any, mean: bool = False) -> Any:
-        if keras.backend.backend() == "tensorflow":
-            rows = _mean_of_rows if mean else _rows
-            return ops.cast(rows(self.table.value, indices), self.compute_dtype)
-        vectors = ops.cast(ops.take(self.table, indices, axis=0), self.compute_dtype)
-        return MaskedMean()(vectors, indices) if mean else vectors
+        rows = backends.mean_of_rows if mean else backends.rows
+        return ops.cast(rows(self.table, indices), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         initializer = keras.initializers.serialize(self.initializer)
         own = {"size": self.size, "dim": self.dim, "vocabulary": self.vocabulary}
         return {**super().get_config(), **own, "initializer": initializer}
-
-
-def _rows(table: Any, indices: Any) -> Any:
-    """Gathers from a tf.Variable."""
-    import tensorflow as tf  # of one backend alone
-
-    return tf.gather(table, indices)
-
-
-def _mean_of_rows(table: Any, indices: Any) -> Any:
-    """Gathers each row once, and sums by list without a tensor `[batch, length, dim]`, forwards as backwards."""
-    import tensorflow as tf  # of one backend alone
-
-    lists = tf.where(tf.not_equal(indices, 0))
-    # of tf.unique, a gather and a segment mean TensorFlow's optimiser makes one that reads the whole table
-    rows, place, _ = tf.unique_with_counts(tf.gather_nd(indices, lists))
-    return tf.sparse.segment_mean(tf.gather(table, rows), place, lists[:, 0], num_segments=tf.shape(indices)[0])
 
 
 class Given(keras.initializers.Initializer):

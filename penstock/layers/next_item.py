@@ -3,8 +3,6 @@
 An encoder is a layer: item indices `[batch, length]`, padding behind → states `[batch, length, dim]`, of which each
 says what is known after the item of its place and hangs on no later one. A history is begun by the unknown item, so
 that what comes first is predicted too, and a user without any history is one who begins.
-
-Written in TensorFlow: of a batch only the places that are taken are read.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
 from keras import ops
 
+from penstock import backends
 from penstock.examples import FIRST, PADDING, UNKNOWN
 
 
@@ -23,7 +21,7 @@ class AfterAll(keras.layers.Layer):
 
     def __init__(self, encoder: keras.layers.Layer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False  # how long the longest history of a batch is, is known only when it runs
+        self.supports_jit = backends.FIXED_SHAPES  # how long a batch is, is known only when it runs
         self.encoder = encoder
 
     def build(self, items_shape: Any) -> None:
@@ -32,14 +30,14 @@ class AfterAll(keras.layers.Layer):
 
     def call(self, items: Any, training: bool | None = None) -> Any:
         items, lengths = begun(items)
-        return tf.gather(self.encoder(items, training=training), lengths - 1, batch_dims=1)
+        return backends.at(self.encoder(items, training=training), lengths - 1)
 
 
 class AfterEach(keras.layers.Layer):
     """The states after each item of a history, and the items that came next, the positive last.
 
-    Call with inputs that have `history_items` `[batch, length]`, and positives `[batch]`; gives queries `[pairs, dim]`
-    and positives `[pairs]`. Unknown items are nobody's next.
+    Call with inputs that have `history_items` `[batch, length]`, and positives `[batch]`; gives queries `[pairs, dim]`,
+    positives `[pairs]`, and which of them count (`penstock.backends.those`). Unknown items are nobody's next.
 
     Args:
         encoder: that of `AfterAll`.
@@ -47,27 +45,29 @@ class AfterEach(keras.layers.Layer):
 
     def __init__(self, encoder: keras.layers.Layer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False
+        self.supports_jit = backends.FIXED_SHAPES
         self.encoder = encoder
 
     def build(self, inputs_shape: Any, positives_shape: Any) -> None:
         if not self.encoder.built:
             self.encoder.build(inputs_shape["history_items"])
 
-    def call(self, inputs: Any, positives: Any, training: bool | None = None) -> tuple[Any, Any]:
+    def call(self, inputs: Any, positives: Any, training: bool | None = None) -> tuple[Any, Any, Any]:
         items, lengths = begun(inputs["history_items"])
         states = self.encoder(items, training=training)
         following = appended(items, lengths, positives)[:, 1:]
-        places = tf.where(following >= FIRST)
-        return tf.gather_nd(states, places), tf.gather_nd(following, places)
+        return backends.those(following >= FIRST, states, following)
 
 
 def begun(items: Any) -> tuple[Any, Any]:
-    """Histories with the unknown item before them, cut to the longest, and how long they are: `[batch]`, 1 or more."""
-    items = tf.convert_to_tensor(items)
-    lengths = 1 + tf.reduce_sum(tf.cast(items != PADDING, tf.int32), axis=1)
-    first = tf.fill([tf.shape(items)[0], 1], tf.constant(UNKNOWN, items.dtype))
-    return tf.concat([first, items[:, : tf.reduce_max(lengths) - 1]], axis=1), lengths
+    """Histories with the unknown item before them, and how long they are: `[batch]`, 1 or more.
+
+    Where shapes may follow from values they are cut to the longest.
+    """
+    items = ops.convert_to_tensor(items)
+    lengths = 1 + ops.sum(ops.cast(items != PADDING, "int32"), axis=1)
+    first = ops.full((ops.shape(items)[0], 1), UNKNOWN, dtype=items.dtype)
+    return ops.concatenate([first, items[:, backends.leading(ops.max(lengths) - 1)]], axis=1), lengths
 
 
 def or_unknown(items: Any) -> Any:
@@ -78,9 +78,9 @@ def or_unknown(items: Any) -> Any:
 
 def appended(items: Any, lengths: Any, last: Any) -> Any:
     """Sequences with one item more: `[batch, length]` and `[batch]` → `[batch, length + 1]`."""
-    longer = tf.pad(items, [[0, 0], [0, 1]])
-    here = tf.range(tf.shape(longer)[1]) == lengths[:, None]
-    return tf.where(here, tf.cast(last, items.dtype)[:, None], longer)
+    longer = ops.pad(items, [[0, 0], [0, 1]])
+    here = ops.equal(ops.arange(ops.shape(longer)[1], dtype="int32"), lengths[:, None])
+    return ops.where(here, ops.cast(last, items.dtype)[:, None], longer)
 
 
 class Places(keras.layers.Layer):
@@ -99,6 +99,6 @@ class Places(keras.layers.Layer):
         self.table = self.add_weight((self.size, self.dim), self.initializer, name="places")
 
     def call(self, items: Any) -> Any:
-        lengths = tf.reduce_sum(tf.cast(items != PADDING, tf.int32), axis=1, keepdims=True)
-        places = self.size - lengths + tf.range(tf.shape(items)[1])
-        return tf.gather(tf.convert_to_tensor(self.table), tf.minimum(places, self.size - 1))
+        lengths = ops.sum(ops.cast(ops.not_equal(items, PADDING), "int32"), axis=1, keepdims=True)
+        places = self.size - lengths + ops.arange(ops.shape(items)[1], dtype="int32")
+        return ops.take(self.table, ops.minimum(places, self.size - 1), axis=0)

@@ -1,25 +1,19 @@
-"""Many experts of which each row asks few, so that what is computed grows with those asked (Shazeer et al., ICLR 2017).
-
-Written in TensorFlow: the rows of an expert are as many as ask it.
-"""
+"""Many experts of which each row asks few: what is computed grows with those asked (Shazeer et al., ICLR 2017)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 from keras import ops, random
 
+from penstock import backends
 from penstock.layers.experts import per_expert
 
 _LEAST_NOISE = 1e-6
 """Keeps a deviation of the noise that falls to 0 from dividing 0 by 0."""
-
-_EVEN = 4
-"""So many times the rows asked for may be computed, to read the experts' weights in place."""
 
 
 @keras.saving.register_keras_serializable("penstock")
@@ -66,25 +60,26 @@ class NoisyTopK(keras.layers.Layer):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         clean = ops.matmul(inputs, self.gate)
         if not training:
-            highest, places = tf.math.top_k(clean, self.k)
+            highest, places = ops.top_k(clean, self.k)
             return self._gates(highest, places)
         deviation = ops.softplus(ops.matmul(inputs, self.noise)) + _LEAST_NOISE
         noisy = clean + deviation * random.normal(ops.shape(clean), dtype=clean.dtype, seed=self._seeds)
-        highest, places = tf.math.top_k(noisy, min(self.k + 1, self.experts))
+        highest, places = ops.top_k(noisy, min(self.k + 1, self.experts))
         gates = self._gates(highest[:, : self.k], places[:, : self.k])
-        self.add_loss(self.importance * squared_variation(tf.reduce_sum(gates, axis=0)))
+        self.add_loss(self.importance * squared_variation(ops.sum(gates, axis=0)))
         if self.k < self.experts:  # else every row asks every expert
-            without = tf.where(noisy > highest[:, self.k :], highest[:, self.k :], highest[:, self.k - 1 : self.k])
-            kept = 0.5 * (1.0 + tf.math.erf((clean - without) / (deviation * math.sqrt(2.0))))
-            self.add_loss(self.load * squared_variation(tf.reduce_sum(kept, axis=0)))
+            without = ops.where(noisy > highest[:, self.k :], highest[:, self.k :], highest[:, self.k - 1 : self.k])
+            kept = 0.5 * (1.0 + ops.erf((clean - without) / (deviation * math.sqrt(2.0))))
+            self.add_loss(self.load * squared_variation(ops.sum(kept, axis=0)))
         return gates
 
     def _gates(self, highest: Any, places: Any) -> Any:
         """The softmax of the kept, `[batch, k]`, at their places in `[batch, experts]`."""
-        batch = tf.shape(places)[0]
-        rows = tf.broadcast_to(tf.range(batch)[:, None], tf.shape(places))
-        gates = tf.scatter_nd(tf.stack([rows, places], axis=-1), tf.nn.softmax(highest), [batch, self.experts])
-        return tf.ensure_shape(gates, [None, self.experts])
+        batch = ops.shape(places)[0]
+        rows = ops.broadcast_to(ops.arange(batch, dtype="int32")[:, None], ops.shape(places))
+        shares = ops.softmax(highest) if self.k > 1 else ops.ones_like(highest)  # of one Keras warns
+        gates = ops.scatter(ops.stack([rows, places], axis=-1), shares, (batch, self.experts))
+        return ops.reshape(gates, (-1, self.experts))
 
     def get_config(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("experts", "k", "importance", "load", "seed")}
@@ -93,8 +88,7 @@ class NoisyTopK(keras.layers.Layer):
 
 def squared_variation(values: Any) -> Any:
     """`CV² = variance / mean²` of values that are not negative, `[n]` → `[]`; 0 if all are 0."""
-    mean = tf.reduce_mean(values)
-    return tf.math.divide_no_nan(tf.math.reduce_variance(values), tf.square(mean))
+    return ops.divide_no_nan(ops.var(values), ops.square(ops.mean(values)))
 
 
 @keras.saving.register_keras_serializable("penstock")
@@ -105,11 +99,7 @@ class SparseExperts(keras.layers.Layer):
     experts: gates `[batch, tasks, experts]` give `[batch, tasks, units[-1]]`, and an expert that two of a row's tasks
     ask is computed once.
 
-    The pairs of a row and an expert it asks are put in order of the expert, each expert's pairs are cut into blocks of
-    one size, and a layer is one product of blocks and their experts' matrices. If the experts are asked evenly a block
-    is as long as the longest queue, and the matrices are read where they stand. If not, blocks are as long as the mean
-    queue and matrices are copied for each: so at most twice the pairs are computed however uneven the queues are, none
-    is left out, and experts that nobody asks cost nothing.
+    What is computed is what is asked for (`penstock.backends.tensorflow.mixed`), unless shapes are fixed.
 
     Args:
         units: of each layer of an expert.
@@ -129,7 +119,7 @@ class SparseExperts(keras.layers.Layer):
         self.experts, self.units, self.dropout = experts, tuple(units), dropout
         self.activation = keras.activations.get(activation)
         self._dropouts = [keras.layers.Dropout(dropout) for _ in units]
-        self.supports_jit = False  # XLA compiles no shapes that follow from values
+        self.supports_jit = backends.FIXED_SHAPES  # XLA compiles no shapes that follow from values
 
     def build(self, inputs_shape: Any, gates_shape: Any = None) -> None:
         def stacked(shape: tuple[int, int, int], dtype: Any = None) -> Any:
@@ -142,46 +132,14 @@ class SparseExperts(keras.layers.Layer):
             self.biases.append(self.add_weight((self.experts, 1, units), "zeros", name=f"bias_{place}"))
 
     def call(self, inputs: Any, gates: Any, training: bool | None = None) -> Any:
-        inputs, gates = tf.convert_to_tensor(inputs), tf.convert_to_tensor(gates)
-        by_task = gates if len(gates.shape) == 3 else gates[:, None, :]
-        by_expert = tf.transpose(by_task, (2, 0, 1))
-        pairs = tf.cast(tf.where(tf.reduce_any(tf.not_equal(by_expert, 0.0), axis=-1)), tf.int32)
-        expert, row = pairs[:, 0], pairs[:, 1]
-        outputs = self._outputs(inputs, expert, row, training)
-        weighted = tf.gather_nd(by_expert, pairs)[:, :, None] * outputs[:, None, :]
-        mixed = tf.math.unsorted_segment_sum(weighted, row, tf.shape(inputs)[0])
-        return tf.ensure_shape(mixed, by_task.shape[:2] + self.units[-1:]) if len(gates.shape) == 3 else mixed[:, 0]
+        def after(dropout: keras.layers.Layer) -> Callable[[Any], Any]:
+            return lambda hidden: dropout(self.activation(hidden), training=training)
 
-    def _outputs(self, inputs: Any, expert: Any, row: Any, training: bool | None) -> Any:
-        """`f_e(x)` of pairs in order of the expert, `[pairs]` each → `[pairs, units[-1]]`."""
-        count = tf.size(expert)
-        queues = tf.math.bincount(expert, minlength=self.experts, maxlength=self.experts)
-        longest = tf.reduce_max(queues)
-        even = self.experts * longest <= _EVEN * count
-        size = tf.where(even, longest, -(-count // self.experts))
-        blocks = tf.where(even, 1, -(-queues // tf.maximum(size, 1)))
-        owner = tf.repeat(tf.range(self.experts), blocks)
-        before = tf.cumsum(blocks, exclusive=True) * size - tf.cumsum(queues, exclusive=True)
-        slots = tf.range(count) + tf.gather(before, expert)
-        # slots that no pair has are of row 0, and nobody reads what comes of them
-        rows = tf.scatter_nd(slots[:, None], row, [tf.size(owner) * size])
-        hidden = tf.reshape(_taken(inputs, rows), [tf.size(owner), size, inputs.shape[-1]])
-
-        def of_blocks(weights: Any) -> Any:
-            weights = tf.convert_to_tensor(weights)
-            return tf.cond(even, lambda: weights, lambda: _taken(weights, owner))
-
-        for kernel, bias, dropout in zip(self.kernels, self.biases, self._dropouts, strict=True):
-            hidden = self.activation(tf.matmul(hidden, of_blocks(kernel)) + of_blocks(bias))
-            hidden = dropout(hidden, training=training)
-        return tf.gather(tf.reshape(hidden, [-1, self.units[-1]]), slots)
+        layers = [*zip(self.kernels, self.biases, map(after, self._dropouts), strict=True)]
+        if len(gates.shape) == 3:
+            return backends.mixed(inputs, gates, layers)
+        return backends.mixed(inputs, gates[:, None, :], layers)[:, 0]
 
     def get_config(self) -> dict[str, Any]:
         own = {"experts": self.experts, "units": list(self.units), "dropout": self.dropout}
         return {**super().get_config(), **own, "activation": keras.activations.serialize(self.activation)}
-
-
-def _taken(values: Any, rows: Any) -> Any:
-    """Rows of `[n, …]`, with a dense gradient: what reads a sparse one takes its rows to be distinct."""
-    flat = tf.gather(tf.reshape(values, [-1, math.prod(values.shape[1:])]), rows)  # a reshape's gradient is dense
-    return tf.reshape(flat, [-1, *values.shape[1:]])

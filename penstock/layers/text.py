@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from penstock import backends
 from penstock.examples import PADDING, UNKNOWN
 from penstock.layers.embedding import Embedding
 from penstock.tokens import Texts
@@ -89,7 +90,7 @@ class TextTower(keras.layers.Layer):
 
     def __init__(self, texts: Texts, hashing: WordHashing, encoder: keras.layers.Layer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False  # how many words a batch has is known only when it runs
+        self.supports_jit = backends.FIXED_SHAPES  # how many words a batch has is known only when it runs
         self.hashing = hashing
         self.encoder = encoder
         self._parts = texts.parts
@@ -98,7 +99,7 @@ class TextTower(keras.layers.Layer):
         shape = ops.shape(words)
         flat = ops.reshape(words, (-1, shape[-1]))
         # a batch says few words many times: each is put together once
-        own, place = ops.unique(flat, sorted=False, return_inverse=True)
+        own, place = backends.once(flat)
         vectors = self.hashing(ops.take(ops.convert_to_tensor(self._parts), own, axis=0))
         vectors = ops.take(vectors, ops.reshape(place, ops.shape(flat)), axis=0)
         encoded = unit(self.encoder(vectors, ops.not_equal(flat, PADDING)))

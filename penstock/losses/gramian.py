@@ -3,8 +3,6 @@
 `L = mean over positives of (1 − q · v)² + λ mean over all pairs of (q · v)²`. The second mean, the gravity, is the
 inner product of two `[dim, dim]` matrices, `⟨G_q, G_v⟩` with `G_q = mean q qᵀ` and `G_v = Σᵢ pᵢ vᵢ vᵢᵀ`, so that no
 pair is ever looked at. Krichene et al., ICLR 2019, arXiv 1807.07187.
-
-Written in TensorFlow: the tables are read and written by rows.
 """
 
 from __future__ import annotations
@@ -13,10 +11,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
-from penstock import distribution
+from penstock import backends, distribution
+from penstock.losses.sampled import mean
 from penstock.samplers import checked_decay
 
 
@@ -25,12 +23,16 @@ def quadratic(query: ops.Tensor, positives: ops.Tensor) -> ops.Tensor:
     return ops.square(1.0 - ops.sum(query * positives, axis=-1))
 
 
-def gramian(vectors: ops.Tensor) -> ops.Tensor:
-    """`1/n Σ v vᵀ`, `[n, dim]` → `[dim, dim]`."""
-    return ops.matmul(ops.transpose(vectors), vectors) / ops.cast(ops.shape(vectors)[0], vectors.dtype)
+def gramian(vectors: ops.Tensor, counts: Any = None) -> ops.Tensor:
+    """`1/n Σ v vᵀ`, `[n, dim]` → `[dim, dim]`; of the rows that count, as `penstock.losses.sampled.mean` takes them."""
+    if counts is None:
+        return ops.matmul(ops.transpose(vectors), vectors) / ops.cast(ops.shape(vectors)[0], vectors.dtype)
+    return ops.matmul(ops.transpose(vectors), counts[:, None] * vectors) / ops.maximum(ops.sum(counts), 1.0)
 
 
-def gravity(query: ops.Tensor, items: ops.Tensor, query_gramian: ops.Tensor, item_gramian: ops.Tensor) -> ops.Tensor:
+def gravity(
+    query: ops.Tensor, items: ops.Tensor, query_gramian: ops.Tensor, item_gramian: ops.Tensor, counts: Any = None
+) -> ops.Tensor:
     """An estimate of `⟨G_q, G_v⟩` and of its gradient, `[]`.
 
     Its gradient is that of `mean q · Ĝ_v q + mean v · Ĝ_q v`, the Gramians taken as constants, which is the gradient of
@@ -41,8 +43,9 @@ def gravity(query: ops.Tensor, items: ops.Tensor, query_gramian: ops.Tensor, ite
         query: those of the batch, `[batch, dim]`.
         items: the vectors of items drawn as all pairs weigh them, `[sample, dim]`.
         query_gramian, item_gramian: the estimates, `[dim, dim]`.
+        counts: which queries count, as `penstock.losses.sampled.mean` takes them.
     """
-    of_queries = ops.mean(ops.sum(ops.matmul(query, ops.stop_gradient(item_gramian)) * query, axis=-1))
+    of_queries = mean(ops.sum(ops.matmul(query, ops.stop_gradient(item_gramian)) * query, axis=-1), counts)
     of_items = ops.mean(ops.sum(ops.matmul(items, ops.stop_gradient(query_gramian)) * items, axis=-1))
     both = of_queries + of_items
     return both - ops.stop_gradient(both) / 2.0
@@ -69,10 +72,10 @@ class OnlineGramian(keras.layers.Layer):
         self.total = self.add_weight(shape=(dim, dim), initializer="zeros", trainable=False, name="total")
         self.weight = self.add_weight(shape=(), initializer="zeros", trainable=False, name="weight")
 
-    def update(self, vectors: ops.Tensor) -> ops.Tensor:
-        """The estimate with the vectors of one batch `[batch, dim]` taken in, `[dim, dim]`."""
+    def update(self, vectors: ops.Tensor, counts: Any = None) -> ops.Tensor:
+        """The estimate with the vectors of one batch `[batch, dim]` taken in, `[dim, dim]`; counts as for `gramian`."""
         vectors = distribution.gathered(ops.stop_gradient(vectors))
-        self.total.assign((1.0 - self._decay) * self.total + self._decay * gramian(vectors))
+        self.total.assign((1.0 - self._decay) * self.total + self._decay * gramian(vectors, counts))
         self.weight.assign((1.0 - self._decay) * self.weight + self._decay)
         return self.total / self.weight
 
@@ -98,16 +101,16 @@ class AverageGramian(keras.layers.Layer):
 
     def update(self, ids: ops.Tensor, vectors: ops.Tensor) -> ops.Tensor:
         """The estimate with a batch taken in: int `[batch]` in 0 … size − 1, `[batch, dim]` → `[dim, dim]`."""
-        ids, vectors = distribution.gathered(ids), distribution.gathered(tf.stop_gradient(vectors))
-        former = tf.gather(self.table.value, ids)
-        estimate = self.total.value + gramian(vectors) - gramian(former)
-        unique, place = tf.unique(ids)
-        first = tf.math.unsorted_segment_min(tf.range(tf.size(ids)), place, tf.size(unique))
-        weights = tf.gather(self._weights, unique)[:, None]
-        new, old = tf.gather(vectors, first), tf.gather(former, first)
-        change = tf.matmul(new, weights * new, transpose_a=True) - tf.matmul(old, weights * old, transpose_a=True)
+        ids, vectors = distribution.gathered(ids), distribution.gathered(ops.stop_gradient(vectors))
+        former = backends.rows(self.table, ids)
+        estimate = ops.convert_to_tensor(self.total) + gramian(vectors) - gramian(former)
+        first = backends.first_places(ids)  # what a batch has twice counts once
+        alone = ops.equal(first, ops.arange(ops.shape(first)[0], dtype="int32"))
+        weights = (ops.take(self._weights, ids) * ops.cast(alone, "float32"))[:, None]
+        change = ops.matmul(ops.transpose(vectors), weights * vectors)
+        change -= ops.matmul(ops.transpose(former), weights * former)
         self.total.assign(self.total + change)
-        self.table.value.scatter_update(tf.IndexedSlices(new, unique))
+        backends.write_rows(self.table, ids, ops.take(vectors, first, axis=0))
         return estimate
 
     def save_own_variables(self, store: Any) -> None:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
-from penstock import distribution
+from penstock import backends, distribution
 
 _MOST_TASKS = 10
 _RIDGE = 1e-11
@@ -58,27 +57,28 @@ def min_norm(gram: Any) -> Any:
     Raises:
         ValueError: more than 10 tasks.
     """
-    gram = tf.cast(gram, tf.float64)
+    gram = ops.cast(gram, "float64")
     tasks = gram.shape[0]
     if tasks > _MOST_TASKS:
         raise ValueError(f"the sets of {tasks} tasks are too many to solve each; at most {_MOST_TASKS} are")
     sets = _sets(tasks)
-    lengths = tf.sqrt(tf.linalg.diag_part(gram))
-    lengths = tf.maximum(lengths, tf.maximum(1e-12 * tf.reduce_max(lengths), 1e-150))
+    lengths = ops.sqrt(ops.diagonal(gram))
+    lengths = ops.maximum(lengths, ops.maximum(1e-12 * ops.max(lengths), 1e-150))
     # with gradients of length 1 no scale is lost in rounding: G = D Ĝ D, α = D⁻¹ β, Ĝ β ∝ D⁻¹ 1
-    inverse = tf.reduce_min(lengths) / lengths
+    inverse = ops.min(lengths) / lengths
     cosines = gram / (lengths[:, None] * lengths[None, :])
     # of gradients that are not finite the weights are not either; the solver would end the program
-    cosines = tf.where(tf.math.is_finite(cosines), cosines, 0.0)
+    cosines = ops.where(ops.isfinite(cosines), cosines, 0.0)
     # a task outside the set has an equation of its own, 1 · β = 0; the ridge decides between gradients that are alike
-    systems = sets[:, :, None] * cosines * sets[:, None, :] + tf.linalg.diag(1.0 - sets + _RIDGE)
-    weights = inverse * tf.linalg.solve(systems, (sets * inverse)[:, :, None])[:, :, 0]
-    weights = tf.maximum(weights / tf.reduce_sum(weights, axis=1, keepdims=True), 0.0)
-    weights /= tf.reduce_sum(weights, axis=1, keepdims=True)
+    own = (1.0 - sets + _RIDGE)[:, :, None] * np.eye(tasks)
+    systems = sets[:, :, None] * cosines * sets[:, None, :] + own
+    weights = inverse * ops.solve(systems, (sets * inverse)[:, :, None])[:, :, 0]
+    weights = ops.maximum(weights / ops.sum(weights, axis=1, keepdims=True), 0.0)
+    weights = weights / ops.sum(weights, axis=1, keepdims=True)
     scaled = weights / inverse
-    norms = tf.einsum("st,tu,su->s", scaled, cosines, scaled)
-    best = norms <= tf.reduce_min(norms) + _TIE
-    return weights[tf.argmax(tf.cast(best, tf.int32))]
+    norms = ops.einsum("st,tu,su->s", scaled, cosines, scaled)
+    best = norms <= ops.min(norms) + _TIE
+    return weights[ops.argmax(ops.cast(best, "int32"))]
 
 
 def _sets(tasks: int) -> np.ndarray:
@@ -97,7 +97,7 @@ def pareto(losses: Callable[[Any], Mapping[str, Any]], shared: Any) -> tuple[Any
     them unweighted.
 
     Args:
-        losses: what is shared → the loss of each task, `[]`; called once, under a tape of its own within the caller's.
+        losses: what is shared → the loss of each task, `[]`; called once.
         shared: `[batch, dim]`, or a structure of such. Of tasks that each read a part of their own no conflict is seen:
             their gradients are at right angles, and `α ∝ 1 / ‖g_t‖²`.
 
@@ -105,23 +105,12 @@ def pareto(losses: Callable[[Any], Mapping[str, Any]], shared: Any) -> tuple[Any
         The sum `[]`, and α by task, `[]` each.
 
     Raises:
-        ValueError: a loss that does not depend on what is shared; its gradient of 0 would get all the weight.
+        ValueError: a loss that does not depend on what is shared, where the backend can tell; its gradient of 0 would
+            get all the weight.
     """
-    parts = tf.nest.flatten(shared)
-    with tf.GradientTape(persistent=True) as tape:
-        tape.watch(parts)
-        by_task = dict(losses(shared))
-    gradients = []
-    for task, loss in by_task.items():
-        found = tape.gradient(loss, parts)
-        if all(gradient is None for gradient in found):
-            raise ValueError(f"the loss of {task} does not depend on what the tasks share")
-        whole = [tf.zeros_like(part) if one is None else one for part, one in zip(parts, found, strict=True)]
-        gradients.append(tf.concat([tf.reshape(tf.cast(one, tf.float64), [-1]) for one in whole], axis=0))
-    del tape
-    matrix = tf.stack(gradients)
+    by_task, gradients = backends.each_gradient(losses, shared)
     # gradients to the rows of other replicas are elsewhere, and products of gradients are sums over rows
-    gram = distribution.summed(tf.matmul(matrix, matrix, transpose_b=True))
-    alpha = tf.cast(tf.stop_gradient(min_norm(gram)), tf.float32)
-    weights = dict(zip(by_task, tf.unstack(alpha, num=len(by_task)), strict=True))
-    return tf.add_n([weights[task] * tf.cast(loss, tf.float32) for task, loss in by_task.items()]), weights
+    gram = distribution.summed(ops.matmul(gradients, ops.transpose(gradients)))
+    alpha = ops.unstack(ops.cast(ops.stop_gradient(min_norm(gram)), "float32"), len(by_task))
+    weights = dict(zip(by_task, alpha, strict=True))
+    return sum(weights[task] * ops.cast(loss, "float32") for task, loss in by_task.items()), weights

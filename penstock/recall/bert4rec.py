@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
-import tensorflow as tf
 from keras import ops
 
+from penstock import backends
 from penstock.catalogue import Catalogue
 from penstock.examples import FIRST, PADDING, Schema
 from penstock.layers.attention import Transformer
@@ -69,7 +69,7 @@ class Bidirectional(keras.layers.Layer):
 
     def __init__(self, items: BiasedItems, length: int, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False
+        self.supports_jit = backends.FIXED_SHAPES
         self.items = items
         self.dim = config.dim
         self.places = Places(length, config.dim, keras.initializers.TruncatedNormal(stddev=0.02))
@@ -90,7 +90,7 @@ class Bidirectional(keras.layers.Layer):
 
     def call(self, items: Any, hidden: Any, training: bool | None = None) -> Any:
         present = ops.not_equal(items, PADDING)
-        vectors = ops.where(hidden[..., None], self.mask, self.items(items)[..., : self.dim])
+        vectors = ops.where(hidden[..., None], ops.convert_to_tensor(self.mask), self.items(items)[..., : self.dim])
         vectors = self.dropout(self.norms[0](vectors + self.places(items)), training=training)
         for block in self.blocks:
             vectors = block(vectors, present, training=training)
@@ -103,7 +103,7 @@ class Masked(keras.layers.Layer):
 
     def __init__(self, encoder: Bidirectional, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False
+        self.supports_jit = backends.FIXED_SHAPES
         self.encoder = encoder
 
     def build(self, items_shape: Any) -> None:
@@ -111,9 +111,9 @@ class Masked(keras.layers.Layer):
             self.encoder.build(items_shape)
 
     def call(self, items: Any, training: bool | None = None) -> Any:
-        sequences, lengths = with_next(items, tf.fill(tf.shape(items)[:1], FIRST))  # which item it is does not matter
-        behind = tf.range(tf.shape(sequences)[1]) == lengths[:, None] - 1
-        return tf.gather(self.encoder(sequences, behind, training=training), lengths - 1, batch_dims=1)
+        sequences, lengths = with_next(items, ops.full((ops.shape(items)[0],), FIRST))  # which it is does not matter
+        behind = _at(lengths - 1, sequences)
+        return backends.at(self.encoder(sequences, behind, training=training), lengths - 1)
 
 
 class Cloze(keras.layers.Layer):
@@ -125,7 +125,7 @@ class Cloze(keras.layers.Layer):
 
     def __init__(self, encoder: Bidirectional, masked: float, last: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False
+        self.supports_jit = backends.FIXED_SHAPES
         self.encoder = encoder
         self.masked, self.last = masked, last
         self._seeds = keras.random.SeedGenerator()
@@ -134,21 +134,23 @@ class Cloze(keras.layers.Layer):
         if not self.encoder.built:
             self.encoder.build(inputs_shape["history_items"])
 
-    def call(self, inputs: Any, positives: Any, training: bool | None = None) -> tuple[Any, Any]:
+    def call(self, inputs: Any, positives: Any, training: bool | None = None) -> tuple[Any, Any, Any]:
         items, lengths = with_next(inputs["history_items"], positives)
-        drawn = keras.random.uniform(tf.shape(items), seed=self._seeds) < self.masked
-        drawn = tf.logical_and(drawn, items >= FIRST)  # what the unknown is cannot be told
-        alone = keras.random.uniform(tf.shape(lengths), seed=self._seeds) < self.last
-        alone = tf.logical_or(alone, tf.logical_not(tf.reduce_any(drawn, axis=1)))
-        behind = tf.range(tf.shape(items)[1]) == lengths[:, None] - 1
-        hidden = tf.where(alone[:, None], behind, drawn)
-        places = tf.where(hidden)
-        states = self.encoder(items, hidden, training=training)
-        return tf.gather_nd(states, places), tf.gather_nd(items, places)
+        drawn = keras.random.uniform(ops.shape(items), seed=self._seeds) < self.masked
+        drawn = ops.logical_and(drawn, items >= FIRST)  # what the unknown is cannot be told
+        alone = keras.random.uniform(ops.shape(lengths), seed=self._seeds) < self.last
+        alone = ops.logical_or(alone, ops.logical_not(ops.any(drawn, axis=1)))
+        hidden = ops.where(alone[:, None], _at(lengths - 1, items), drawn)
+        return backends.those(hidden, self.encoder(items, hidden, training=training), items)
 
 
 def with_next(items: Any, last: Any) -> tuple[Any, Any]:
     """Histories with one item more, cut to the longest, and how long they are then: `[batch, …]`, `[batch]`."""
-    items = tf.convert_to_tensor(items)
-    lengths = tf.reduce_sum(tf.cast(items != PADDING, tf.int32), axis=1)
-    return appended(items[:, : tf.reduce_max(lengths)], lengths, last), lengths + 1
+    items = ops.convert_to_tensor(items)
+    lengths = ops.sum(ops.cast(ops.not_equal(items, PADDING), "int32"), axis=1)
+    return appended(items[:, backends.leading(ops.max(lengths))], lengths, last), lengths + 1
+
+
+def _at(places: Any, items: Any) -> Any:
+    """Which place of each sequence it is: `[batch]`, `[batch, length]` → bool `[batch, length]`."""
+    return ops.equal(ops.arange(ops.shape(items)[1], dtype="int32"), places[:, None])

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from penstock import sessions
+from penstock import backends, sessions
 from penstock.catalogue import Catalogue
 from penstock.examples import PADDING, Schema
 from penstock.layers.embedding import Embedding, inputs_of
@@ -94,7 +94,7 @@ class Behaviours(keras.layers.Layer):
 
     def __init__(self, size: int, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False  # how long the longest history of a batch is, is known only when it runs
+        self.supports_jit = backends.FIXED_SHAPES  # how long a batch is, is known only when it runs
         uniform = keras.initializers.RandomUniform(-0.05, 0.05)
         self.items = Embedding(size, config.width, uniform)
         self.pauses = Embedding(BUCKETS, config.context, keras.initializers.RandomUniform(-0.05, 0.05))
@@ -106,7 +106,8 @@ class Behaviours(keras.layers.Layer):
 
     def call(self, items: Any, pauses: Any, training: bool | None = None) -> tuple[Any, Any]:
         longest = ops.max(ops.sum(ops.cast(ops.not_equal(items, PADDING), "int32"), axis=1), initial=1)
-        items, pauses = items[:, :longest], pauses[:, :longest]
+        needed = backends.leading(longest)
+        items, pauses = items[:, needed], pauses[:, needed]
         vectors = ops.concatenate([self.items(items), self.pauses(pauses)], axis=-1)
         return self.dropout(vectors, training=training), ops.not_equal(items, PADDING)
 

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from penstock import backends
 from penstock.catalogue import Catalogue
 from penstock.examples import Schema
 from penstock.layers.embedding import Embedding, inputs_of
@@ -59,7 +60,7 @@ class Recurrent(keras.layers.Layer):
 
     def __init__(self, items: keras.layers.Layer, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False
+        self.supports_jit = backends.FIXED_SHAPES
         self.items = items
         self.dim = config.dim
         self.recurrent = [keras.layers.GRU(config.units, return_sequences=True) for _ in range(config.layers)]

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from penstock import backends
 from penstock.catalogue import Catalogue
 from penstock.examples import PADDING, Schema
 from penstock.layers.attention import AdditiveScores
@@ -58,7 +59,7 @@ class GlobalAndLocal(keras.layers.Layer):
 
     def __init__(self, items: Embedding, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False
+        self.supports_jit = backends.FIXED_SHAPES
         self.items = items
         self.recurrent = keras.layers.GRU(config.units, return_sequences=True)
         self.scores = AdditiveScores(config.units, "sigmoid")

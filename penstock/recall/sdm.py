@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from penstock import sessions
+from penstock import backends, sessions
 from penstock.catalogue import Catalogue
 from penstock.examples import CONTEXT, PADDING, Schema
 from penstock.layers.attention import MultiHeadAttention, attend, dot_product
@@ -151,7 +151,7 @@ class ShortTerm(keras.layers.Layer):
         self, attributes: ItemAttributes, dim: int, heads: int, layers: int, dropout: float, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False  # how long the longest session of a batch is, is known only when it runs
+        self.supports_jit = backends.FIXED_SHAPES  # how long a batch is, is known only when it runs
         self.dim = dim
         self.attributes = attributes
         self.recurrent = [keras.layers.LSTM(dim, return_sequences=True) for _ in range(layers)]
@@ -171,7 +171,7 @@ class ShortTerm(keras.layers.Layer):
 
     def call(self, items: Any, user: Any, factor: Any, training: bool = False) -> Any:
         lengths = ops.sum(ops.cast(ops.not_equal(items, PADDING), "int32"), axis=1)
-        if not training:
+        if not training or backends.FIXED_SHAPES:
             return self._interest(items, user, factor, lengths, training)
         # most sessions are short: the few long ones alone take as many steps as they have
         order = ops.argsort(lengths)
@@ -183,7 +183,7 @@ class ShortTerm(keras.layers.Layer):
 
     def _interest(self, items: Any, user: Any, factor: Any, lengths: Any, training: bool) -> Any:
         # padding stands behind: steps that no session has are left out
-        items = items[:, : ops.max(lengths, initial=1)]
+        items = items[:, backends.leading(ops.max(lengths, initial=1))]
         present = ops.not_equal(items, PADDING)
         vectors = ops.concatenate(list(self.attributes(items).values()), axis=-1)
         vectors = self.dropout(vectors, training=training)

@@ -25,7 +25,7 @@ def test_a_model_that_knows_nothing_gives_every_item_the_same_chance(loss):
     made = Histories.make(4000, BATCH, 3)
     model = ours(made, loss)
     inputs = {"history_items": made.items[:, :-1]}
-    queries, positives = model.pairs(inputs, made.items[:, -1])
+    queries, positives, _ = model.pairs(inputs, made.items[:, -1])
     np.testing.assert_array_equal(np.reshape(positives, (BATCH, LENGTH + 1)), made.items)
     assert queries.shape[0] == BATCH * (LENGTH + 1)
     among = 4000 if loss == "full" else SAMPLE  # the correction is that of the positive too

@@ -26,7 +26,7 @@ def test_dropout_is_on_in_training_and_off_otherwise_in_both_towers():
     seen = []
 
     class Objective(objectives.Objective):
-        def loss(self, queries, positives, item_tower, rows=None):
+        def loss(self, queries, positives, item_tower, rows=None, counts=None):
             seen.append((np.asarray(queries), np.asarray(item_tower(positives))))
             return keras.ops.mean(queries)
 
@@ -63,7 +63,7 @@ class _Twice(keras.layers.Layer):
 
     def call(self, inputs, positives, training=None):
         queries = keras.ops.concatenate([inputs["x"], -inputs["x"]])
-        return queries, keras.ops.concatenate([positives, positives + 1])
+        return queries, keras.ops.concatenate([positives, positives + 1]), None
 
 
 def test_a_model_that_learns_pairs_is_trained_by_them_and_asked_by_its_query():
@@ -72,7 +72,7 @@ def test_a_model_that_learns_pairs_is_trained_by_them_and_asked_by_its_query():
     seen = []
 
     class Objective(objectives.Objective):
-        def loss(self, queries, positives, item_tower, rows=None):
+        def loss(self, queries, positives, item_tower, rows=None, counts=None):
             seen.append((np.asarray(queries), np.asarray(positives), rows))
             return keras.ops.mean(queries)
 

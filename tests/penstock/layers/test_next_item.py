@@ -31,14 +31,14 @@ def test_after_all_is_the_state_of_the_last_item_that_is_there():
 
 
 def test_after_each_asks_for_the_next_item_at_every_place_and_never_for_the_unknown():
-    queries, positives = AfterEach(Sums())({"history_items": HISTORIES}, POSITIVES)
+    queries, positives, _ = AfterEach(Sums())({"history_items": HISTORIES}, POSITIVES)
     expected = [(1, 4), (5, 3), (8, 4), (13, 6), (1, 7), (1, 5), (6, 5)]  # not (12, unknown)
     assert list(zip(np.asarray(queries)[:, 0], np.asarray(positives), strict=True)) == expected
 
 
 def test_the_last_pair_of_a_row_is_what_serving_asks_by():
     """A history that grows by its positive asks as the row after it."""
-    queries, _ = AfterEach(Sums())({"history_items": HISTORIES[2:]}, POSITIVES[2:])
+    queries, *_ = AfterEach(Sums())({"history_items": HISTORIES[2:]}, POSITIVES[2:])
     np.testing.assert_array_equal(queries[-1:], AfterAll(Sums())(HISTORIES[2:]))
 
 

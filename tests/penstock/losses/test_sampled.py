@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from penstock.backends.tensorflow import accidental_hits
 from penstock.losses.sampled import (
-    accidental_hits,
     distinct,
     in_batch_softmax,
     mean_sampled_softmax,

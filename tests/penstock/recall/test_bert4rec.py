@@ -56,7 +56,7 @@ def test_what_is_hidden_is_what_is_asked_for(masked, last):
     told = Told()
     histories = np.tile(history(2, 3, 1, 4, 4)["history_items"], (2000, 1))
     positives = np.full(2000, 5, np.int32)
-    queries, asked = Cloze(told, masked, last)({"history_items": histories}, positives, training=True)
+    queries, asked, _ = Cloze(told, masked, last)({"history_items": histories}, positives, training=True)
     told.items, told.hidden = np.asarray(told.items), np.asarray(told.hidden)
     assert told.items.shape == (2000, 6)
     np.testing.assert_array_equal(asked, told.items[told.hidden])

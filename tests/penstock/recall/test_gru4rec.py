@@ -45,7 +45,7 @@ def test_equals_the_loops(towers):
 
 def test_one_reading_takes_the_steps_that_sessions_in_parallel_take(towers):
     """The state after each item, which the paper gets by a step for each, with all that was before it."""
-    queries, positives = towers.pairs(history(4, 2, 3, 8), np.array([5], np.int32))
+    queries, positives, _ = towers.pairs(history(4, 2, 3, 8), np.array([5], np.int32))
     assert np.asarray(positives).tolist() == [4, 2, 3, 8, 5]
     for known, query in enumerate(np.asarray(queries)):
         np.testing.assert_allclose(towers.query(history(*[4, 2, 3, 8][:known]))[0], query, rtol=1e-5, atol=1e-6)

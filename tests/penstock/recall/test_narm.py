@@ -37,7 +37,7 @@ def test_the_local_encoder_sums_by_scores_that_are_no_shares_and_the_decoder_is_
 
 
 def test_one_reading_gives_the_example_of_every_prefix(towers):
-    queries, positives = towers.pairs(history(4, 2, 3, 8), np.array([5], np.int32))
+    queries, positives, _ = towers.pairs(history(4, 2, 3, 8), np.array([5], np.int32))
     assert np.asarray(positives).tolist() == [4, 2, 3, 8, 5]
     for known, query in enumerate(np.asarray(queries)):
         np.testing.assert_allclose(towers.query(history(*[4, 2, 3, 8][:known]))[0], query, rtol=1e-5, atol=1e-6)
