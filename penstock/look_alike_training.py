@@ -269,6 +269,8 @@ def train(
         config.learning_rate, rows.steps * config.epochs, 0.1 * config.learning_rate
     )
     model.compile(optimizers.build("adam", rate))
+    # cosines of vectors without negative parts are all near 1: the fit would spend its first steps on δ
+    model.shift.assign_sub(model.scale * ops.mean(model(next(iter(rows.batches()))[0])))
     asked, valid = pairs(later, both, None, candidates, dataclasses.replace(config, positives_per_user=2**31), seed)
     held = Rows(asked, (), 1024)
 

@@ -57,7 +57,7 @@ def test_an_example_is_scored_as_if_its_user_had_never_liked_the_item():
 
 def test_nothing_is_learned_where_there_is_nothing_to_learn():
     """A model that sees the user among the seeds tells his items from others, and one that sees how many there are."""
-    users, liked = vectors(80), chance(each=(2, 4, 40) * 10)
+    users, liked = vectors(80) + 1.0, chance(each=(2, 4, 40) * 10)
     later = Liked.of(np.arange(80), np.random.default_rng(5).integers(0, 30, 80))
     config = Config(centroids=8, dim=16, negatives=4, epochs=12, patience=99, learning_rate=0.02, batch_size=64)
     _, history = train(users, liked, later, config)
