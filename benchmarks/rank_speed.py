@@ -1,7 +1,8 @@
 """Examples a second of training MMoE: ours beside PyTorch and DeepCTR, on KuaiRand-Pure's features.
 
 `make bench-rank-speed` prints the tables and writes build/bench/rank_speed.json; QUICK=1 is a smaller form of it. Every
-variant trains on the same made-up rows in a process of its own, one after another, on two cores.
+variant trains on the same made-up rows in a process of its own, one after another, on two cores. With KERAS_BACKEND=jax
+ours runs on JAX, and where the time goes is not told.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rank_data import BATCH, DIM, EXPERT_UNITS, EXPERTS, SIDES, TASKS, Column, make
-from benchmarks.recall_speed import CORES, PEERS, ROOT, run
+from benchmarks.recall_speed import BACKEND, CORES, PEERS, ROOT, run
 from benchmarks.table import Comparison, machine, show, show_columns, write
 from penstock.examples import FEATURES, FIRST
 
@@ -53,7 +54,7 @@ class Variant:
         return not Path(self.command[0]).exists()
 
 
-OURS = Variant("Penstock", (sys.executable, "-m", "benchmarks.rank_steps", "ours"))
+OURS = Variant(f"Penstock ({BACKEND})", (sys.executable, "-m", "benchmarks.rank_steps", "ours"))
 PROFILE = (sys.executable, "-m", "benchmarks.rank_steps", "profile")
 _TORCH = (PEERS / "torch" / "bin" / "python", ROOT / "benchmarks" / "rank_torch_peer.py")
 PEER_VARIANTS = (
@@ -158,7 +159,8 @@ def main() -> None:
         folder = Path(name) / "data"
         write_rows(folder, size)
         measured = list(measure(folder, size))
-        parts = run([*PROFILE, folder, str(size.warm_up), str(size.steps)])
+        profiled = [*PROFILE, folder, str(size.warm_up), str(size.steps)]
+        parts = run(profiled) if BACKEND == "tensorflow" else {}
     show_columns(
         f"Steps: batch {BATCH}, {EXPERTS} experts {EXPERT_UNITS}, {len(TASKS)} tasks, {len(columns())} features, "
         f"{DIM} dimensions, {CORES} cores",
@@ -168,9 +170,10 @@ def main() -> None:
             "loss after": [one.loss for one in measured],
         },
     )
-    shares = [f"{100 * float(value) / float(parts['a step']):.0f} %" for value in parts.values()]
-    milliseconds = [float(value) for value in parts.values()]
-    show_columns("Where the time goes", {"part": list(parts), "ms": milliseconds, "of a step": shares})
+    if parts:
+        shares = [f"{100 * float(value) / float(parts['a step']):.0f} %" for value in parts.values()]
+        milliseconds = [float(value) for value in parts.values()]
+        show_columns("Where the time goes", {"part": list(parts), "ms": milliseconds, "of a step": shares})
     rows = compare(measured)
     show("Examples a second", rows)
     print(f"written to {write('rank_speed', rows)}")

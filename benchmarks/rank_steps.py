@@ -13,7 +13,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from benchmarks.rank_data import (
     BATCH,
@@ -81,22 +80,24 @@ def fit(model: Ranking, made: Made, warm_up: int, steps: int) -> dict[str, Any]:
 
 def profile(made: Made, warm_up: int, steps: int) -> dict[str, float]:
     """Milliseconds of the parts of a step, by what each adds to those before it; the median of `steps`."""
+    import tensorflow as tf  # the one backend that can be taken apart so
+
     model = ours(made)
     model.optimizer.build(model.trainable_variables)
     batches = iter(Rows(made.inputs, dict(made.labels), BATCH).batches().repeat())
     inputs, labels = next(batches)
     read = keras.Model(model.shared.inputs, model.shared.output[0])
 
-    def joined() -> tf.Tensor:
+    def joined() -> Any:
         return read(inputs, training=True)
 
     def shared() -> Any:
         return model(inputs, training=True)
 
-    def forward() -> tf.Tensor:
+    def forward() -> Any:
         return model.compute_loss(inputs, labels, model(inputs, training=True))
 
-    def backward() -> list[tf.Tensor]:
+    def backward() -> list[Any]:
         with tf.GradientTape() as tape:
             loss = forward()
         return tape.gradient(loss, model.trainable_variables)
