@@ -159,7 +159,7 @@ def main() -> None:
         folder = Path(name) / "data"
         write_rows(folder, size)
         measured = list(measure(folder, size))
-        profiled = [*PROFILE, folder, str(size.warm_up), str(size.steps)]
+        profiled: list[str | Path] = [*PROFILE, folder, str(size.warm_up), str(size.steps)]
         parts = run(profiled) if BACKEND == "tensorflow" else {}
     show_columns(
         f"Steps: batch {BATCH}, {EXPERTS} experts {EXPERT_UNITS}, {len(TASKS)} tasks, {len(columns())} features, "
