@@ -9,7 +9,6 @@ KuaiRand tells no place on the screen: there the position tower learns one bias 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,8 @@ import numpy as np
 import polars as pl
 from scipy.stats import t as students
 
-import penstock
 from benchmarks.kept import FIGURES, code, once, say_former, window
-from benchmarks.recall import make_examples, spread
+from benchmarks.recall import Trial, make_examples, spread
 from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import calibration, candidate, metrics, training
@@ -57,15 +54,6 @@ RARE_POSITIVES = 50
 
 TOKENS = 10_000
 """A trait is `(feature + 1) · TOKENS + value`: the trees get a column a feature."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A model with some parameters; the name says what it is in the table."""
-
-    name: str
-    model: str
-    overrides: Mapping[str, Any]
 
 
 TRIALS = (
@@ -131,9 +119,7 @@ def measure(trial: Trial, seed: int, examples: Path, folder: Path, again: bool) 
                 found[part] = figures(predicted, frequent_items(examples))
         return found
 
-    config = dataclasses.asdict(penstock.config(penstock.module("rank", trial.model), trial.overrides))
-    spec = {"model": trial.model, "config": config, "seed": seed, "window": window(examples)}
-    return once(folder, trial.model, spec, modules(trial), measured, again)
+    return once(folder, trial.model, trial.spec("rank", seed, examples), modules(trial), measured, again)
 
 
 def modules(trial: Trial) -> list[str]:

@@ -50,6 +50,11 @@ class Trial:
     model: str
     overrides: Mapping[str, Any]
 
+    def spec(self, kind: str, seed: int, examples: Path) -> dict[str, Any]:
+        """What the figures of a training depend on besides the code; `kind` is the model's package."""
+        config = dataclasses.asdict(penstock.config(penstock.module(kind, self.model), self.overrides))
+        return {"model": self.model, "config": config, "seed": seed, "window": window(examples)}
+
 
 def trials(losses: Sequence[Mapping[str, Any]], models: Sequence[str], variants: Sequence[Trial]) -> list[Trial]:
     """Each model with its own loss, the first model with every loss, and variants."""
@@ -164,10 +169,8 @@ def measure(trial: Trial, seed: int, examples: Path, folder: Path, again: bool) 
             epochs = len(json.loads((trained / "history.json").read_text()))
         return {part: figures[part] for part in SLICES} | {"seconds": seconds, "epochs": epochs}
 
-    config = dataclasses.asdict(penstock.config(penstock.module("recall", trial.model), trial.overrides))
-    spec = {"model": trial.model, "config": config, "seed": seed, "window": window(examples)}
     modules = ("penstock.training", "penstock.candidate", f"penstock.recall.{trial.model}")
-    return once(folder, trial.model, spec, modules, measured, again)
+    return once(folder, trial.model, trial.spec("recall", seed, examples), modules, measured, again)
 
 
 def peers(examples: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:

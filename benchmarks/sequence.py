@@ -9,7 +9,6 @@ gets more seeds.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import statistics
@@ -23,8 +22,7 @@ from typing import Any
 import keras
 import numpy as np
 
-import penstock
-from benchmarks.kept import FIGURES, once, say_former, window
+from benchmarks.kept import FIGURES, once, say_former
 from benchmarks.leave_one_out import BASELINES, of_baseline, of_model, read, write
 from benchmarks.recall import Trial, spread
 from benchmarks.side_by_side import each
@@ -134,10 +132,8 @@ def measure(trial: Trial, seed: int, examples: Path, kept: Path, again: bool) ->
         figures = {part: of_model(model, schema, examples, part)._asdict() for part in SLICES}
         return figures | {"seconds": seconds, "epochs": epochs}
 
-    config = dataclasses.asdict(penstock.config(penstock.module("recall", trial.model), trial.overrides))
-    spec = {"model": trial.model, "config": config, "seed": seed, "window": window(examples)}
     modules = ("penstock.training", f"penstock.recall.{trial.model}")
-    return once(kept, trial.model, spec, modules, measured, again)
+    return once(kept, trial.model, trial.spec("recall", seed, examples), modules, measured, again)
 
 
 def mean(runs: Sequence[Mapping[str, Any]], part: str, figure: str) -> float:
