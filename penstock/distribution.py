@@ -38,7 +38,7 @@ def scope() -> Iterator[None]:
 
 def _strategy() -> Any:
     """The strategy that the process is to have; None if it has one or needs none."""
-    if keras.backend.backend() != "tensorflow":
+    if keras.config.backend() != "tensorflow":
         if "TF_CONFIG" in os.environ:
             raise RuntimeError("TF_CONFIG is of several workers, which only KERAS_BACKEND=tensorflow has")
         return None
@@ -57,7 +57,7 @@ def _strategy() -> Any:
 
 def replicas() -> int:
     """How many devices share a batch."""
-    if keras.backend.backend() != "tensorflow":
+    if keras.config.backend() != "tensorflow":
         return 1
     import tensorflow as tf  # its strategies alone are meant
 

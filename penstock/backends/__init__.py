@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import keras
 
+# name by name, so that linter and type checker hold each backend to having them all
 if keras.config.backend() == "tensorflow":
     from penstock.backends.tensorflow import (
         FIXED_SHAPES,
