@@ -168,13 +168,16 @@ def join_sets(
     """
     features = schema.of(*SIDES)
     wide = embed(withheld(config, schema, inputs), features, schema, sets * config.dim, config.embedding_scale)
+    parts = [
+        [v] * sets if f.kind in ("count", "number") else ops.split(v, sets, axis=-1)
+        for f, v in zip(features, wide, strict=True)
+    ]
     vectors = []
-    for place in range(sets):
-        own = slice(place * config.dim, (place + 1) * config.dim)
-        parts = [
-            (f.side, v if f.kind in ("count", "number") else v[:, own]) for f, v in zip(features, wide, strict=True)
-        ]
-        by_side = {side: ops.concatenate([v for of, v in parts if of == side], axis=-1) for side in SIDES}
+    for own in zip(*parts, strict=True):
+        by_side = {
+            side: ops.concatenate([v for f, v in zip(features, own, strict=True) if f.side == side], axis=-1)
+            for side in SIDES
+        }
         match = keras.layers.Dense(config.match)(by_side["user"]) * keras.layers.Dense(config.match)(by_side["item"])
         vector = ops.concatenate([*by_side.values(), match], axis=-1)
         if config.passes:
