@@ -148,20 +148,21 @@ def run(client: docker.DockerClient, container: Container, arguments: list[str])
     gpus = [docker.types.DeviceRequest(count=container.gpus, capabilities=[["gpu"]])] if container.gpus else []
     made = None
     try:
-        made = client.containers.create(
-            container.image,
-            [*container.command, *arguments],
-            labels=container.labels,
-            environment=container.environment,
-            volumes={path: {"bind": path, "mode": mode} for path, mode in container.volumes.items()},
-            user=container.user,
-            network_mode="host",  # the services of this machine listen on 127.0.0.1
-            security_opt=["no-new-privileges"],
-            mem_limit=container.memory_bytes or None,
-            memswap_limit=container.memory_bytes or None,
-            nano_cpus=int(container.cpus * 1e9) or None,
-            device_requests=gpus,
-        )
+        with _held(signal.SIGTERM):  # what is being made would be left behind
+            made = client.containers.create(
+                container.image,
+                [*container.command, *arguments],
+                labels=container.labels,
+                environment=container.environment,
+                volumes={path: {"bind": path, "mode": mode} for path, mode in container.volumes.items()},
+                user=container.user,
+                network_mode="host",  # the services of this machine listen on 127.0.0.1
+                security_opt=["no-new-privileges"],
+                mem_limit=container.memory_bytes or None,
+                memswap_limit=container.memory_bytes or None,
+                nano_cpus=int(container.cpus * 1e9) or None,
+                device_requests=gpus,
+            )
         made.start()
         # from its first line, however soon it ended: it is not removed before it was waited for
         for chunk in made.logs(stream=True, follow=True):
@@ -177,6 +178,22 @@ def run(client: docker.DockerClient, container: Container, arguments: list[str])
     finally:
         if made is not None:
             _remove(made)
+
+
+@contextlib.contextmanager
+def _held(number: signal.Signals) -> Iterator[None]:
+    """A signal that comes meanwhile is answered at the end; a thread beside the main one gets none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = threading.Event()
+    former = signal.signal(number, lambda *_: came.set())
+    try:
+        yield
+    finally:
+        signal.signal(number, former)
+        if came.is_set():
+            signal.raise_signal(number)
 
 
 def _remove(container: Any) -> None:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,16 +94,20 @@ def _run_child(stage: str, task: dict[str, Any], out: Path) -> dict[str, Any]:
     # kfp.local patches print and the root log handlers of its process, so it gets one of its own
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     log = _Log()
-    with subprocess.Popen(
-        [sys.executable, "-m", "components.runner", stage, str(out)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        bufsize=1,
-        env={**os.environ, **QUIET, "PYTHONPATH": path},
-    ) as child:
+    with (
+        # kfp leaves a directory behind for each component, and a component that is killed what it was at
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        subprocess.Popen(
+            [sys.executable, "-m", "components.runner", stage, str(out)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            bufsize=1,
+            env={**os.environ, **QUIET, "PYTHONPATH": path, "TMPDIR": scratch},
+        ) as child,
+    ):
         assert child.stdin is not None
         assert child.stdout is not None
         try:

@@ -203,14 +203,15 @@ def test_containers_end_with_their_task_however_it_ends(engine: docker_py.Docker
         follower = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not left(engine):
             assert follower.poll() is None
-            time.sleep(0.1)
         return follower
 
-    # asked to stop
-    follower = started()
-    follower.terminate()
-    follower.wait(20)
-    assert emptied(engine)
+    # asked to stop, be it while the engine has just made it
+    for pause in (0.0, 0.01, 0.03, 0.5):
+        follower = started()
+        time.sleep(pause)
+        follower.terminate()
+        follower.wait(20)
+        assert emptied(engine)
     # killed: what it left is reaped when the task's next try, or another stage, starts
     follower = started()
     follower.kill()

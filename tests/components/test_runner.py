@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,16 @@ def test_a_stage_runs_again_when_its_input_was_made_again(tmp_path: Path, argume
         assert len(runs(arguments)) == count
 
 
-def test_a_killed_component_fails_and_its_last_line_is_told(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_a_killed_component_fails_and_its_last_line_is_told(
+    tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     with pytest.raises(StageError, match=r"double: ended without saying why .*its last line was: Killed"):
         run_stage(STAGE, arguments | {"fail": "kill"}, tmp_path / "doubling")
+    # neither the component's nor kfp's
+    assert list(scratch.iterdir()) == []
 
 
 def test_a_declared_output_that_was_not_written_fails(tmp_path: Path, arguments: dict[str, Any]) -> None:

@@ -213,8 +213,9 @@ def test_nothing_is_forced_that_was_not_turned_down(airflow: Airflow, told: str)
 
 
 def test_a_second_training_is_held_against_the_champion(airflow: Airflow, place: Place, demo: Demo) -> None:
-    """By hand, on the same examples: canaried, promoted and rolled back; forced, if the gate turns it down."""
-    airflow.trigger("train", "again", {"seed": 2})
+    """By hand, another model on the same examples: canaried, promoted, rolled back; forced, if the gate says no."""
+    other = {"rank_models": ["shared_bottom"], "recall_config": {"epochs": 4}, "seed": 2}
+    airflow.trigger("train", "again", other)
     demo.follow(airflow, "train", "again")
     judged = airflow.xcom("train", "again", "report")
     verdict = json.loads((Path(judged["verdict"]) / "verdict.json").read_text())
