@@ -56,6 +56,8 @@ TOKENS = 10_000
 """A trait is `(feature + 1) · TOKENS + value`: the trees get a column a feature."""
 
 
+SHARED = {"own": False, "experts": 5}
+"""MMoE as it was published. Where each task has experts of its own there is nothing that weights could share out."""
 TRIALS = (
     Trial("single_task", "single_task", {}),
     Trial("shared_bottom", "shared_bottom", {}),
@@ -65,8 +67,9 @@ TRIALS = (
     Trial("youtube_ranking", "youtube_ranking", {}),
     Trial("bst", "bst", {}),
     Trial("shared_bottom, uncertainty", "shared_bottom", {"weighting": "uncertainty"}),
-    Trial("mmoe, uncertainty", "mmoe", {"weighting": "uncertainty"}),
-    Trial("mmoe, pareto", "mmoe", {"weighting": "pareto"}),
+    Trial("mmoe, all shared", "mmoe", SHARED),
+    Trial("mmoe, all shared, uncertainty", "mmoe", {**SHARED, "weighting": "uncertainty"}),
+    Trial("mmoe, all shared, pareto", "mmoe", {**SHARED, "weighting": "pareto"}),
     Trial("shared_bottom, item2vec", "shared_bottom", {"pretrained": "item2vec"}),
     Trial("shared_bottom, item2vec frozen", "shared_bottom", {"pretrained": "item2vec", "frozen": True}),
     Trial("shared_bottom, graph", "shared_bottom", {"pretrained": "graph"}),

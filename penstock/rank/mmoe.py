@@ -19,17 +19,17 @@ class Config(RankConfig):
     """Parameters of the model and of its fit.
 
     Attributes:
-        experts: as many for each set of embeddings.
-        embeddings: sets of them, each read by experts of its own. With one the frequent tasks decide what an id means,
-            and a rare task's experts have to do with that (Su et al., AAAI 2024: shared and task-specific embeddings).
+        own: each task has embeddings and experts that learn from it alone, which the other tasks read as they are. If
+            not, all tasks teach all of them, as it was published, and rare ones read what frequent ones make of an id.
+        experts: of each task, or those that all share.
         gate_dropout: in training a gate leaves out each expert with this probability, so that none relies on one.
     """
 
-    experts: int = 5
-    embeddings: int = 5
+    own: bool = True
+    experts: int = 1
     expert_units: tuple[int, ...] = (256, 96)
     gate_dropout: float = 0.1
-    learning_rate: float = 0.001
+    epochs: int = 2
 
 
 class Mixture(keras.layers.Layer):
@@ -37,31 +37,38 @@ class Mixture(keras.layers.Layer):
 
     def __init__(self, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.mixture = ExpertMixture(config.experts, config.gate_dropout)
+        self.mixture = ExpertMixture(config.experts * sets_of(config), config.gate_dropout)
         self.tower = tower(config)
 
     def call(self, shared: Any, training: bool = False) -> Any:
         return self.tower(self.mixture(*shared, training=training), training=training)
 
 
+def sets_of(config: Config) -> int:
+    """How many sets of embeddings there are."""
+    return len(config.tasks) if config.own else 1
+
+
 def build(config: Config, schema: Schema) -> Trunk:
     """Experts read all there is; each task has a gate that mixes them and a tower.
 
-    `y_t = h_t(Σₑ g_{t,e}(x) fₑ(x))` with `g_t = softmax(x W_t)` (Ma et al. 2018, eq. 5–7); an expert reads one of
-    several sets of embeddings, gates read all.
-
-    Raises:
-        ValueError: experts that cannot be shared evenly by the sets of embeddings.
+    `y_t = h_t(Σₑ g_{t,e}(x) fₑ(x))` with `g_t = softmax(x W_t)` (Ma et al. 2018, eq. 5–7). Experts of its own read a
+    task's own embeddings, as its gate does, and the gradient of another task ends at what they answer (Su et al., AAAI
+    2024: "all forward task-specific backward").
     """
-    if config.embeddings < 1 or config.experts % config.embeddings:
-        raise ValueError(f"{config.experts} experts cannot be shared evenly by {config.embeddings} sets of embeddings")
     inputs = inputs_of(schema.of(*SIDES))
-    vectors = join_sets(config, schema, inputs, config.embeddings)
-    each, rate = config.experts // config.embeddings, config.dropout_of_experts
-    outputs = ops.concatenate(
-        [Experts(each, config.expert_units, config.activation, rate)(vector) for vector in vectors], axis=1
-    )
-    everything = ops.concatenate(vectors, axis=-1)
+    vectors = join_sets(config, schema, inputs, sets_of(config))
+    experts = [
+        Experts(config.experts, config.expert_units, config.activation, config.dropout_of_experts) for _ in vectors
+    ]
+    outputs = [layer(vector) for layer, vector in zip(experts, vectors, strict=True)]
     mixtures = {task: Mixture(config, name=f"tower_{task}") for task in config.tasks}
-    gates = {task: mixture.mixture.gates(everything) for task, mixture in mixtures.items()}
-    return Trunk(keras.Model(inputs, [everything, outputs], name="shared"), mixtures, keras.Model(inputs, gates))
+    if not config.own:
+        gates = {task: mixture.mixture.gates(vectors[0]) for task, mixture in mixtures.items()}
+        return Trunk(keras.Model(inputs, [vectors[0], outputs[0]], name="shared"), mixtures, keras.Model(inputs, gates))
+    shared, gates = {}, {}
+    for place, (task, vector) in enumerate(zip(config.tasks, vectors, strict=True)):
+        read = [output if of == place else ops.stop_gradient(output) for of, output in enumerate(outputs)]
+        shared[task] = [vector, ops.concatenate(read, axis=1)]
+        gates[task] = mixtures[task].mixture.gates(vector)
+    return Trunk(keras.Model(inputs, shared, name="shared"), mixtures, keras.Model(inputs, gates))

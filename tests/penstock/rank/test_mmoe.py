@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from penstock.examples import Schema, read_slice
 from penstock.layers.embedding import Embedding
+from penstock.layers.experts import Experts
 from penstock.rank.mmoe import Config, build
 from penstock.ranking import SIDES, join
 
@@ -29,27 +30,53 @@ def _shared(config: Config, schema: Schema, encoded: dict[str, np.ndarray]) -> t
     return model, {tensor.name: encoded[tensor.name] for tensor in model.inputs}
 
 
-def test_an_expert_learns_of_its_own_set_of_embeddings_alone(schema, encoded):
-    model, inputs = _shared(Config(experts=4, embeddings=2, **SMALL), schema, encoded)
-    tables = [layer.table.value for layer in model.layers if isinstance(layer, Embedding)]
-    for expert, others in enumerate([slice(4, 8), slice(4, 8), slice(0, 4), slice(0, 4)]):
+def test_a_task_teaches_its_own_experts_and_embeddings_alone(schema, encoded):
+    config = Config(experts=2, **SMALL)
+    keras.utils.set_random_seed(1)
+    trunk = build(config, schema)
+    inputs = {tensor.name: encoded[tensor.name] for tensor in trunk.shared.inputs}
+    tables = [layer.table.value for layer in trunk.shared.layers if isinstance(layer, Embedding)]
+    kernels = [layer.kernels[0].value for layer in trunk.shared.layers if isinstance(layer, Experts)]
+    assert len(kernels) == 3
+    for place, task in enumerate(config.tasks):
         with tf.GradientTape() as tape:
-            of_expert = tf.reduce_sum(tf.square(model(inputs)[1][:, expert]))
-        gradients = [tf.convert_to_tensor(found).numpy() for found in tape.gradient(of_expert, tables)]
-        assert all(not found[:, others].any() for found in gradients)
-        assert sum(np.abs(found).sum() for found in gradients) > 0
+            of_task = tf.reduce_sum(tf.square(trunk.towers[task](trunk.shared(inputs)[task])))
+        of_tables, of_kernels = tape.gradient(of_task, (tables, kernels))
+        own = slice(4 * place, 4 * (place + 1))
+        for found in (tf.convert_to_tensor(one).numpy() for one in of_tables):
+            assert not np.delete(found, own, axis=1).any()
+        assert sum(np.abs(tf.convert_to_tensor(one).numpy()[:, own]).sum() for one in of_tables) > 0
+        assert [found is not None and bool(np.any(found)) for found in of_kernels] == [
+            other == task for other in config.tasks
+        ]
 
 
-def test_gates_read_every_set(schema, encoded):
-    model, inputs = _shared(Config(experts=3, embeddings=3, **SMALL), schema, encoded)
-    everything, outputs = model(inputs)
-    one = keras.Model(model.inputs, join(Config(**SMALL), schema, {tensor.name: tensor for tensor in model.inputs}))
-    assert everything.shape == (8, 3 * one.output.shape[1])
-    assert outputs.shape == (8, 3, 5)
+def test_a_task_reads_the_experts_of_all(schema, encoded):
+    config = Config(experts=2, **SMALL)
+    trunk = build(config, schema)
+    inputs = {tensor.name: encoded[tensor.name] for tensor in trunk.shared.inputs}
+    shared = trunk.shared(inputs)
+    outputs = np.asarray(shared["click"][1])
+    assert outputs.shape == (8, 6, 5)
+    assert all(np.array_equal(outputs, shared[task][1]) for task in config.tasks)
+    gates = {task: np.asarray(found) for task, found in trunk.gates(inputs).items()}
+    assert {task: found.shape for task, found in gates.items()} == dict.fromkeys(config.tasks, (8, 6))
+    mixed = np.sum(gates["like"][:, :, None] * outputs, axis=1)
+    tower = trunk.towers["like"]
+    np.testing.assert_allclose(tower(shared["like"]), tower.tower(mixed), rtol=1e-5)
 
 
-def test_experts_are_shared_evenly_by_sets_or_refused(schema):
-    with pytest.raises(ValueError, match="7 experts cannot be shared evenly by 2 sets"):
-        build(Config(experts=7, embeddings=2, **SMALL), schema)
-    with pytest.raises(ValueError, match="0 sets"):
-        build(Config(experts=7, embeddings=0, **SMALL), schema)
+def test_shared_experts_learn_from_every_task_and_read_one_set(schema, encoded):
+    config = Config(own=False, experts=4, **SMALL)
+    trunk = build(config, schema)
+    inputs = {tensor.name: encoded[tensor.name] for tensor in trunk.shared.inputs}
+    vector, outputs = trunk.shared(inputs)
+    one = keras.Model(trunk.shared.inputs, join(config, schema, {of.name: of for of in trunk.shared.inputs}))
+    assert vector.shape == (8, one.output.shape[1])
+    assert outputs.shape == (8, 4, 5)
+    (kernel,) = [layer.kernels[0].value for layer in trunk.shared.layers if isinstance(layer, Experts)]
+    for task in config.tasks:
+        with tf.GradientTape() as tape:
+            of_task = tf.reduce_sum(tf.square(trunk.towers[task](trunk.shared(inputs))))
+        by_expert = np.asarray(tape.gradient(of_task, kernel)).reshape(-1, 4, 6)
+        assert np.abs(by_expert).sum(axis=(0, 2)).all()
