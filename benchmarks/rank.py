@@ -9,7 +9,6 @@ KuaiRand tells no place on the screen: there the position tower learns one bias 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import statistics
@@ -26,23 +25,20 @@ import numpy as np
 import polars as pl
 from scipy.stats import t as students
 
-from benchmarks.kept import FIGURES, code, once, say_former, window
+from benchmarks.kept import FIGURES, FORMER, once, say_former, window
+from benchmarks.rank_columns import SLICES, columns
 from benchmarks.recall import Trial, make_examples, spread
 from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from penstock import calibration, candidate, metrics, training
 from penstock.evaluation import rank_metrics
-from penstock.examples import Schema, read_slice
-from penstock.ranking import BINARY, SIDES
+from penstock.examples import read_slice
+from penstock.ranking import BINARY
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "build" / "peers" / "rank" / "bin" / "python"
 SEEDS = (1, 2, 3, 4, 5)
-SLICES = ("validation", "test")
 TREES = "LightGBM"
-LARGE = 100
-"""Whether the trees read categories with more values than this, the validation slice says."""
-
 MARGIN = 0.005
 """So much of an AUC a multi-task net may at most be below the single-task nets by chance between seeds."""
 
@@ -51,10 +47,6 @@ RARE = 0.25
 
 RARE_POSITIVES = 50
 """Rows of rare items with fewer positives of a task have no AUC of it in the table."""
-
-TOKENS = 10_000
-"""A trait is `(feature + 1) · TOKENS + value`: the trees get a column a feature."""
-
 
 SHARED = {"own": False, "experts": 5}
 """MMoE as it was published. Where each task has experts of its own there is nothing that weights could share out."""
@@ -94,10 +86,10 @@ def main() -> None:
     examples = arguments.examples or make_examples(folder / "examples", None if arguments.quick else arguments.data)
     seeds, asked = (SEEDS[:1], QUICK) if arguments.quick else (SEEDS, TRIALS)
 
-    measured = {TREES: trees(examples, folder, seeds, arguments.quick)}
+    kept, again = (folder, True) if arguments.quick else (FIGURES / "rank", arguments.again)
+    measured = {TREES: trees(examples, kept, seeds, arguments.quick, again)}
     pairs = [(trial, seed) for seed in seeds for trial in asked]
-    kept = folder if arguments.quick else FIGURES / "rank"
-    calls = [(trial, seed, examples, kept, arguments.quick or arguments.again) for trial, seed in pairs]
+    calls = [(trial, seed, examples, kept, again) for trial, seed in pairs]
     found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
     for (trial, _), of_trial in zip(pairs, found, strict=True):
         measured.setdefault(trial.name, []).append(of_trial)
@@ -133,79 +125,46 @@ def modules(trial: Trial) -> list[str]:
     return found
 
 
-def trees(examples: Path, folder: Path, seeds: Sequence[int], quick: bool) -> list[dict[str, Any]]:
+def trees(examples: Path, folder: Path, seeds: Sequence[int], quick: bool, again: bool) -> list[dict[str, Any]]:
     """The same figures of LightGBM, which has an environment of its own; calibrated as our models are."""
-    script = ROOT / "benchmarks" / "lightgbm_peer.py"
-    spec = [list(seeds), quick, window(examples), code([script, Path(__file__)])]
-    kept = folder / f"lightgbm-{hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:16]}.npz"
-    if not kept.exists():
+
+    def measured() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             source, target = Path(place) / "in.npz", Path(place) / "out.npz"
             np.savez(source, allow_pickle=False, **columns(examples))
-            options = ["--quick"] if quick else []
+            script, options = ROOT / "benchmarks" / "lightgbm_peer.py", ["--quick"] if quick else []
             subprocess.run([PEERS, "-W", "ignore", script, source, target, *map(str, seeds), *options], check=True)
-            target.replace(kept)
+            return of_trees(examples, target, len(seeds))
+
+    spec = {"seeds": list(seeds), "quick": quick, "window": window(examples)}
+    found = once(
+        folder,
+        "lightgbm",
+        spec,
+        ("benchmarks.lightgbm_peer", "benchmarks.rank_columns", "penstock.calibration"),
+        measured,
+        again,
+    )
+    for task in BINARY:
+        print(f"{TREES}, {task}: {found['settings'][task]}", flush=True)
+    return [run | {FORMER: True} if FORMER in found else run for run in found["runs"]]
+
+
+def of_trees(examples: Path, answers: Path, seeds: int) -> dict[str, Any]:
+    """What `lightgbm_peer` answered: its `settings` by task, and the figures of each seed, `runs`."""
     rows = {part: read_slice(examples, part) for part in SLICES}
     frequent = frequent_items(examples)
     runs: list[dict[str, Any]] = []
-    with np.load(kept) as answers:
-        for task in BINARY:
-            print(f"{TREES}, {task}: {answers[f'{task}/setting']}", flush=True)
-        for run in range(len(seeds)):
+    with np.load(answers) as answer:
+        for run in range(seeds):
             predicted: dict[str, dict[str, np.ndarray]] = {part: {} for part in SLICES}
             for task in BINARY:
-                logits = {part: answers[f"{task}/{part}"][run] for part in SLICES}
+                logits = {part: answer[f"{task}/{part}"][run] for part in SLICES}
                 fitted = calibration.fit("temperature", rows["validation"][task].to_numpy(), logits["validation"])
                 for part in SLICES:
                     predicted[part][f"p_{task}"] = fitted(logits[part])
             runs.append({part: figures(rows[part].with_columns(**predicted[part]), frequent) for part in SLICES})
-    return runs
-
-
-def columns(examples: Path) -> dict[str, np.ndarray]:
-    """What `lightgbm_peer` reads: the features that our models read, as trees take them.
-
-    Numbers are as the log has them, ids their indices, a trait is a column a feature; of an item's tags the first two
-    are columns, of a history its length.
-    """
-    schema = Schema.load(examples / "schema")
-    rows = {part: read_slice(examples, part) for part in ("train", *SLICES)}
-    traits = (rows["train"]["traits"].explode(empty_as_null=False) // TOKENS).unique().sort().to_list()
-    found: dict[str, np.ndarray] = {"tasks": np.array(BINARY)}
-    for part, of_part in rows.items():
-        categories, numbers = _categories(of_part, schema, traits), _numbers(of_part, schema)
-        table = np.column_stack([values.astype(np.float32) for values in (*categories.values(), *numbers.values())])
-        found |= {f"{part}_columns": table, f"{part}_labels": of_part.select(BINARY).to_numpy()}
-    kinds = np.array([len(np.unique(column)) for column in found["train_columns"][:, : len(categories)].T])
-    return found | {
-        "names": np.array([*categories, *numbers]),
-        "small": np.flatnonzero(kinds <= LARGE),
-        "large": np.flatnonzero(kinds > LARGE),
-    }
-
-
-def _categories(rows: pl.DataFrame, schema: Schema, traits: Sequence[int]) -> dict[str, np.ndarray]:
-    """Columns of indices, NaN where there is none, `[rows]` by name."""
-    found = {}
-    for feature in schema.of(*SIDES):
-        if feature.kind == "id":
-            found[feature.name] = schema.encode(feature, rows[feature.name])
-        elif feature.name == "tags":
-            found |= {f"tag {place}": tags for place, tags in enumerate(schema.encode(feature, rows["tags"]).T[:2])}
-    tokens = rows.select("traits").with_row_index("row").explode("traits", empty_as_null=False)
-    for trait in traits:
-        values = np.full(rows.height, np.nan)
-        own = tokens.filter(pl.col("traits") // TOKENS == trait)
-        values[own["row"].to_numpy()] = own["traits"].to_numpy() % TOKENS
-        found[f"trait {trait}"] = values
-    return found
-
-
-def _numbers(rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
-    """Columns of numbers, NaN where there is none, `[rows]` by name."""
-    numbers = [feature.name for feature in schema.of(*SIDES) if feature.kind in ("count", "number")]
-    found = {name: rows[name].cast(pl.Float64).fill_null(np.nan).to_numpy() for name in numbers}
-    return found | {"history": rows["history_items"].list.len().to_numpy()}
+        return {"settings": {task: str(answer[f"{task}/setting"]) for task in BINARY}, "runs": runs}
 
 
 def frequent_items(examples: Path) -> pl.Series:
@@ -259,7 +218,7 @@ def report(measured: Mapping[str, Sequence[Mapping[str, Any]]], goals: bool) -> 
             pair = statistics.mean(ours), statistics.mean(theirs)
             rows.append(Comparison(f"AUC of {task}, test: mmoe", *pair, peer, "", at_least=least))
     show("MMoE on the test slice; single-task nets may be ahead by what chance between seeds explains", rows)
-    say_former(run for name in names if name != TREES for run in measured[name])
+    say_former(run for runs in measured.values() for run in runs)
     print(f"written to {write('rank', rows)}")
 
 

@@ -25,7 +25,7 @@ import keras
 import numpy as np
 
 import penstock
-from benchmarks.kept import FIGURES, once, say_former, window
+from benchmarks.kept import FIGURES, FORMER, once, say_former, window
 from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
 from feature_repo.store import historical, refresh
@@ -118,15 +118,15 @@ def main() -> None:
     print(machine(), flush=True)
     folder = BUILD / ("recall-quick" if arguments.quick else "recall")
     examples = make_examples(folder / "examples", None if arguments.quick else arguments.data)
-    figures = folder if arguments.quick else FIGURES / "recall"
+    figures, again = (folder, True) if arguments.quick else (FIGURES / "recall", arguments.again)
     seeds = SEEDS[: 1 if arguments.quick else arguments.seeds]
     asked = (
         [Trial("youtube_dnn", "youtube_dnn", {"epochs": 1})] if arguments.quick else trials(LOSSES, MODELS, VARIANTS)
     )
 
-    measured: dict[str, list[dict[str, Any]]] = peers(examples, folder)
+    measured: dict[str, list[dict[str, Any]]] = peers(examples, figures, again)
     pairs = [(trial, seed) for seed in seeds for trial in asked]
-    calls = [(trial, seed, examples, figures, arguments.quick or arguments.again) for trial, seed in pairs]
+    calls = [(trial, seed, examples, figures, again) for trial, seed in pairs]
     found = each(measure, calls, [f"{trial.name}, seed {seed}" for trial, seed in pairs])
     for (trial, _), of_trial in zip(pairs, found, strict=True):
         measured.setdefault(trial.name, []).append(of_trial)
@@ -173,37 +173,43 @@ def measure(trial: Trial, seed: int, examples: Path, folder: Path, again: bool) 
     return once(folder, trial.model, trial.spec("recall", seed, examples), modules, measured, again)
 
 
-def peers(examples: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
+def peers(examples: Path, folder: Path, again: bool) -> dict[str, list[dict[str, Any]]]:
     """Popularity, and what `implicit` finds in an environment of its own, its parameters by the validation slice."""
     queries = {part: Queries.of(examples, part) for part in SLICES}
     kinds = Kinds.of(examples)
-    kept = folder / "implicit.npz"
-    if not kept.exists():
+
+    def measured() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
-            np.savez(Path(place) / "in.npz", allow_pickle=False, **interactions(examples, queries))
-            work = Path(place) / "out.npz"
-            subprocess.run(
-                [PEERS, ROOT / "benchmarks" / "implicit_peer.py", Path(place) / "in.npz", work],
-                check=True,
-                env={"OPENBLAS_NUM_THREADS": "1"},
-            )
-            shutil.copyfile(work, kept)
-    ids = Schema.load(examples / "schema").vocabularies["item_id"]
+            source, target = Path(place) / "in.npz", Path(place) / "out.npz"
+            np.savez(source, allow_pickle=False, **interactions(examples, queries))
+            script = ROOT / "benchmarks" / "implicit_peer.py"
+            subprocess.run([PEERS, script, source, target], check=True, env={"OPENBLAS_NUM_THREADS": "1"})
+            return of_implicit(examples, target, queries, kinds)
+
+    modules = ("benchmarks.implicit_peer", "penstock.baselines", "penstock.evaluation")
+    found = once(folder, "implicit", {"window": window(examples)}, modules, measured, again)
+    former = {FORMER: True} if FORMER in found else {}
     k = max(DEPTHS)
-    of_popularity = {
-        part: ranking_metrics(baselines.popular(examples, queries[part].rows, k), queries[part], kinds)
-        for part in SLICES
-    }
-    found: dict[str, list[dict[str, Any]]] = {"popularity": [of_popularity]}
-    with np.load(kept) as answers:
+    runs: dict[str, list[dict[str, Any]]] = {"popularity": [{}]}
+    for part, asked in queries.items():
+        runs["popularity"][0][part] = ranking_metrics(baselines.popular(examples, asked.rows, k), asked, kinds)
+    for method in BASELINES:
+        print(f"{method}: {found[method]['setting']}", flush=True)
+        runs[method] = [{part: found[method][part] for part in SLICES} | former]
+    return runs
+
+
+def of_implicit(
+    examples: Path, answers: Path, queries: Mapping[str, Queries], kinds: Kinds
+) -> dict[str, dict[str, Any]]:
+    """What `implicit_peer` answered: the setting of each method, and its figures by slice."""
+    ids = np.append(Schema.load(examples / "schema").vocabularies["item_id"], -1)
+    found: dict[str, dict[str, Any]] = {}
+    with np.load(answers) as answer:
         for method in BASELINES:
-            print(f"{method}: {answers[f'{method}/setting']}", flush=True)
-            found[method] = [
-                {
-                    part: ranking_metrics(np.append(ids, -1)[answers[f"{method}/{part}"]], queries[part], kinds)
-                    for part in SLICES
-                }
-            ]
+            found[method] = {"setting": str(answer[f"{method}/setting"])}
+            for part in SLICES:
+                found[method][part] = ranking_metrics(ids[answer[f"{method}/{part}"]], queries[part], kinds)
     return found
 
 
@@ -254,7 +260,7 @@ def report(measured: Mapping[str, Sequence[Mapping[str, Any]]], ours: Sequence[s
         for peer in ("popularity", *BASELINES)
     ]
     show("The best by validation recall@50, on the test slice", rows)
-    say_former(run for name in ours for run in measured[name])
+    say_former(run for runs in measured.values() for run in runs)
     print(f"written to {write('recall', rows)}")
 
 

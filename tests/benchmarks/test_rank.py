@@ -11,15 +11,14 @@ from benchmarks.kept import sources
 from benchmarks.rank import (
     BINARY,
     RARE_POSITIVES,
-    TOKENS,
     TRIALS,
     Trial,
     chance,
-    columns,
     figures,
     frequent_items,
     modules,
 )
+from benchmarks.rank_columns import TOKENS, columns
 from penstock import config, module
 from penstock.examples import Schema, read_slice, write_examples
 from penstock.ranking import SIDES
@@ -58,7 +57,7 @@ def test_the_trees_read_every_feature_of_the_models(examples):
 
 
 def test_categories_are_small_or_large_by_their_values_in_training(examples, monkeypatch):
-    monkeypatch.setattr("benchmarks.rank.LARGE", 15)
+    monkeypatch.setattr("benchmarks.rank_columns.LARGE", 15)
     given = columns(examples)
     names = given["names"].tolist()
     categories = [names[place] for place in np.concatenate([given["small"], given["large"]])]
