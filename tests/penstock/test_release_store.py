@@ -9,7 +9,8 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
 
 from penstock import release
 from penstock.release import ReleaseError
@@ -19,12 +20,20 @@ from tests.penstock.test_release import candidate
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[tuple[str, ThreadedMotoServer]]:
-    """The address of a server that speaks S3."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield f"http://127.0.0.1:{server.get_host_and_port()[1]}", server
-    server.stop()
+def s3() -> Iterator[str]:
+    """The address of a server that speaks S3.
+
+    It answers one request after another: moto looks whether an object is there and then makes it, where S3 does both
+    at once.
+    """
+    app = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, app, threaded=False, request_handler=MotoRequestHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture(params=["directory", "s3"])
@@ -32,7 +41,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     """An empty store."""
     if request.param == "directory":
         return str(tmp_path / "store")
-    endpoint, _ = request.getfixturevalue("s3")
+    endpoint = request.getfixturevalue("s3")
     for name, value in {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "somebody",
@@ -128,16 +137,14 @@ def test_what_is_not_what_was_published_is_not_taken(url: str, tmp_path: Path) -
         store.publish(path.parent, 1)
 
 
-def test_a_store_that_is_away_says_so(
-    s3: tuple[str, ThreadedMotoServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_is_away_says_so(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(ReleaseError, match=r"release store s3://bucket/releases does not answer: .*run it again"):
         build(tmp_path / "home", ReleaseStore("s3://bucket/releases"), tmp_path)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3[0])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
     with pytest.raises(ReleaseError, match="bucket does not exist"):  # and is not made: its name may be a slip
         build(tmp_path / "home", ReleaseStore("s3://bucket/releases"), tmp_path)
     assert release.releases(tmp_path / "home") == []
