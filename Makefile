@@ -157,7 +157,7 @@ position-trials: $(READY)
 bench-weights: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.weights $(if $(QUICK),--quick)
 
-# Gates of twenty seeds, with gate dropout and without, in about half an hour; QUICK=1 is a smaller form.
+# Gates of twenty seeds of both mixtures, with gate dropout and without, in about an hour; QUICK=1 is a smaller form.
 expert-trials: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.experts $(if $(QUICK),--quick)
 

@@ -1,4 +1,6 @@
-"""How many gates of the mixture of experts collapse, with gate dropout and without, over twenty seeds.
+"""How many gates of a mixture of experts collapse, with gate dropout and without, over twenty seeds.
+
+Of both mixtures: where each task teaches an expert of its own, as is the default, and where all share five.
 
 `make expert-trials` trains on a simulated log, counts the tasks whose gate leaves most experts unused or has next to
 all of its share on one, prints a table and writes build/bench/experts.json; QUICK=1 is a smaller form of it. What was
@@ -18,6 +20,7 @@ import keras
 import numpy as np
 
 from benchmarks.kept import once, window
+from benchmarks.rank import SHARED
 from benchmarks.recall import SMALL, make_examples
 from benchmarks.side_by_side import each
 from benchmarks.table import BUILD, Comparison, machine, show, show_columns, write
@@ -27,7 +30,13 @@ from penstock.examples import read_slice
 from penstock.layers.experts import polarised, utilisation
 
 FEED = simulator.Config(users=1500, items=800, items_per_day=30, days=10)
-WAYS: dict[str, dict[str, Any]] = {"gate dropout": {"gate_dropout": 0.1}, "without": {"gate_dropout": 0.0}}
+MIXTURES: dict[str, dict[str, Any]] = {"own experts": {"own": True}, "all shared": SHARED}
+DROPOUTS = {"gate dropout": 0.1, "without": 0.0}
+WAYS = {
+    f"{mixture}, {way}": {**overrides, "gate_dropout": dropout}
+    for mixture, overrides in MIXTURES.items()
+    for way, dropout in DROPOUTS.items()
+}
 MODULES = ("penstock.training", "penstock.rank.mmoe", "penstock.datasets.simulator")
 
 
@@ -62,7 +71,7 @@ def trial(examples: Path, seed: int, way: str, overrides: Mapping[str, Any], fol
         return {task: utilisation(shares).tolist() for task, shares in gates.items()}
 
     spec = {"overrides": dict(overrides), "seed": seed, "window": window(examples)}
-    return once(folder, way.replace(" ", "-"), spec, MODULES, measured)
+    return once(folder, way.replace(",", "").replace(" ", "-"), spec, MODULES, measured)
 
 
 def report(found: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], goal: bool) -> None:
@@ -80,19 +89,15 @@ def report(found: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], goal: b
             "lowest": [f"{min(values):.3f}" for values in least.values()],
         },
     )
-    count = len(gates["gate dropout"])
-    sound = {way: 1.0 - number / count for way, number in collapsed.items()}
-    rows = [
-        Comparison(
-            "gates that did not collapse, with gate dropout",
-            sound["gate dropout"],
-            1.0,
-            "all",
-            "",
-            at_least=1.0 if goal else None,
-        ),
-        Comparison("gates that did not collapse", sound["gate dropout"], sound["without"], "without", ""),
-    ]
+    sound = {way: 1.0 - number / len(gates[way]) for way, number in collapsed.items()}
+    rows = []
+    for mixture in MIXTURES:
+        kept, without = (sound[f"{mixture}, {way}"] for way in DROPOUTS)
+        what = f"gates that did not collapse, {mixture}"
+        rows += [
+            Comparison(f"{what}, gate dropout", kept, 1.0, "all", "", at_least=1.0 if goal else None),
+            Comparison(what, kept, without, "without", ""),
+        ]
     show("Gate dropout", rows)
     print(f"written to {write('gates', rows)}")
 
