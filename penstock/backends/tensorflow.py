@@ -320,7 +320,8 @@ def cut(held: Any, order: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> A
     rows = tf.constant(order)
 
     def take(start: tf.Tensor, end: tf.Tensor) -> Any:
-        return tf.nest.map_structure(lambda array: tf.gather(array, rows[start:end]), held)
+        taken = rows[start:end]
+        return tf.nest.map_structure(lambda array: tf.gather(array, taken), held)
 
     edges = tf.data.Dataset.from_tensor_slices((starts, ends))
     return edges.map(take, num_parallel_calls=2).prefetch(2)
