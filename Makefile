@@ -1,4 +1,4 @@
-# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-ralm DATA=path/to/KuaiRand-Pure | bench-sequence-speed | bench-sequence DATA=path/to/beauty.txt | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials | image | image-check | scheduler-check | reconcile | release-trials | bench-swaps
+# make demo | demo DATA=path/to/KuaiRand-Pure | mend FILE=path/to/quarantine | up | down | jax | test | check | bench-features | bench-index | bench-recall-speed | bench-recall DATA=path/to/KuaiRand-Pure | bench-ralm DATA=path/to/KuaiRand-Pure | bench-sequence-speed | bench-sequence DATA=path/to/beauty.txt | bench-rank-speed | bench-rank DATA=path/to/KuaiRand-Pure | bench-model-server | bench-serve | soak | bench-sparse-experts | bench-weights | position-trials | expert-trials | gate-trials | ab-trials | image | image-check | scheduler-check | reconcile | release-trials | bench-swaps
 PYTHON ?= python3
 DATA ?=
 KEEP ?= 1
@@ -10,6 +10,7 @@ UV := build/uv/bin/uv
 BIN := .venv/bin
 READY := .venv/.ready
 SCHEDULER := build/scheduler/.ready
+JAX := build/jax/.ready
 TORCH := build/peers/torch/.ready
 DEEPMATCH := build/peers/deepmatch/.ready
 
@@ -34,7 +35,7 @@ HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgre
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup servers faketime demo up down status mend test check bench-features bench-index bench-recall bench-ralm bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve bench-swaps soak release-trials reconcile bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock image image-check scheduler-check clean
+.PHONY: setup jax servers faketime demo up down status mend test check bench-features bench-index bench-recall bench-ralm bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve bench-swaps soak release-trials reconcile bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock image image-check scheduler-check clean
 
 setup: $(READY)
 
@@ -56,6 +57,13 @@ build/peers/%/.ready: benchmarks/%-peers.lock | $(UV) $(READY)
 	@$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) $(@D)
 	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip sync -q --python $(@D)/bin/python --require-hashes $<
 	@touch $@
+
+# Beside the environment, not in it: TensorFlow imports the JAX that it finds, two seconds of each process.
+$(JAX): requirements-jax.lock | $(UV) $(READY)
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip install -q --python $(BIN)/python --target $(@D) --no-deps --require-hashes -r $<
+	@touch $@
+
+jax: $(JAX)
 
 $(SCHEDULER): requirements-scheduler.lock | $(UV)
 	@$(UV) venv -q --allow-existing --no-python-downloads --python $(PYTHON) $(@D)
@@ -112,7 +120,7 @@ release-trials: $(READY) servers faketime
 bench-swaps: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.swaps $(if $(QUICK),--quick)
 
-test: $(READY) servers
+test: $(READY) $(JAX) servers
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
@@ -214,6 +222,10 @@ features-doc: $(READY)
 lock: | $(UV)
 	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --extra dev --extra s3 --extra spark \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header pyproject.toml -o requirements.lock
+	@grep -oE '"jax==[^"]+' pyproject.toml | tr -d '"' > build/jax.in
+	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes -c requirements.lock \
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header build/jax.in \
+		| awk '/^[^ ]/ { jax = /^jax/ } jax' > requirements-jax.lock
 	@echo "tensorflow[and-cuda]$$(grep -oE '"tensorflow==[^"]+' pyproject.toml | sed 's/"tensorflow//')" > build/gpu.in
 	@$(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes -c requirements.lock \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header build/gpu.in \

@@ -26,6 +26,7 @@ from tests.penstock.conftest import catalogue, joined_rows
 from tests.penstock.test_models import thin
 
 ROOT = Path(penstock.__file__).parent
+JAX = ROOT.parent / "build" / "jax"
 
 NEUTRAL = ("recall", "rank", "layers", "losses", "samplers", "objectives", "retrieval", "ranking", "sessions")
 """Files and folders of `penstock/` that import TensorFlow nowhere, not even within a function."""
@@ -101,10 +102,11 @@ def seen(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("jax")
     write_examples(joined_rows(rows=600), catalogue(), out / "examples")
     thin(out / "examples")
+    assert (JAX / "jax").is_dir(), "JAX is not there: make jax"
     there = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     subprocess.run(
         [sys.executable, "-m", "tests.penstock.on_jax", str(out / "examples"), str(out)],
-        env=os.environ | there | {"PYTHONPATH": os.pathsep.join([str(ROOT.parent), *sys.path])},
+        env=os.environ | there | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT.parent, JAX, *sys.path]))},
         check=True,
     )
     return out
