@@ -91,16 +91,27 @@ class ExpertMixture(keras.layers.Layer):
     Args:
         gate_dropout: in [0, 1).
         seed: of what is dropped.
+        start: the shares that the gate departs from, `[experts]`, as the logits of `x = 0`: equal ones if None.
 
     Raises:
-        ValueError: a gate_dropout outside [0, 1).
+        ValueError: a gate_dropout outside [0, 1), or shares that are none of so many experts.
     """
 
-    def __init__(self, experts: int, gate_dropout: float = 0.1, seed: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        experts: int,
+        gate_dropout: float = 0.1,
+        seed: int | None = None,
+        start: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if not 0.0 <= gate_dropout < 1.0:
             raise ValueError(f"gate_dropout is a probability below 1, not {gate_dropout}")
+        if start is not None and (len(start) != experts or min(start) <= 0 or not np.isclose(sum(start), 1.0)):
+            raise ValueError(f"shares of {experts} experts are so many positive numbers of sum 1, not {list(start)}")
         self.experts, self.gate_dropout, self.seed = experts, gate_dropout, seed
+        self.start = None if start is None else tuple(start)
         self.gate = keras.layers.Dense(experts, use_bias=False)
         self._seeds = random.SeedGenerator(seed)
 
@@ -115,6 +126,8 @@ class ExpertMixture(keras.layers.Layer):
     def gates(self, inputs: Any, training: bool | None = None) -> Any:
         """The share of each expert, `[batch, experts]`; shares sum to 1."""
         logits = self.gate(inputs)
+        if self.start is not None:
+            logits = logits + ops.cast(np.log(self.start), logits.dtype)
         if training and self.gate_dropout:
             drawn = random.uniform(ops.shape(logits), seed=self._seeds)
             kept = ops.greater_equal(drawn, self.gate_dropout)
@@ -123,7 +136,7 @@ class ExpertMixture(keras.layers.Layer):
         return ops.exp(logits - ops.logsumexp(logits, axis=-1, keepdims=True))
 
     def get_config(self) -> dict[str, Any]:
-        own = {"experts": self.experts, "gate_dropout": self.gate_dropout, "seed": self.seed}
+        own = {"experts": self.experts, "gate_dropout": self.gate_dropout, "seed": self.seed, "start": self.start}
         return {**super().get_config(), **own}
 
 

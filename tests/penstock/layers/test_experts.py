@@ -115,6 +115,26 @@ def test_the_mixture_is_the_softmax_of_the_gate(experts, batch, seed):
         np.testing.assert_allclose(np.asarray(layer(inputs, outputs))[row], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gate_departs_from_the_shares_that_it_is_given():
+    start, inputs = [0.5, 0.3, 0.2], _normal(0, 5, 4)
+    layer = ExpertMixture(3, start=start)
+    layer.build((None, 4))
+    expected = np.array(start) * np.exp(inputs @ np.asarray(layer.gate.kernel))
+    np.testing.assert_allclose(layer.gates(inputs), expected / expected.sum(axis=1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(layer.gates(np.zeros((2, 4), np.float32)), [start] * 2, rtol=1e-5)
+    even, plain = ExpertMixture(3, start=[1 / 3] * 3), ExpertMixture(3)
+    for each in (even, plain):
+        each.build((None, 4))
+        each.gate.kernel.assign(layer.gate.kernel)
+    np.testing.assert_allclose(even.gates(inputs), plain.gates(inputs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [[0.5, 0.5], [0.5, 0.5, 0.0], [0.5, 0.5, 0.5]])
+def test_shares_to_depart_from_are_those_of_all_experts(start):
+    with pytest.raises(ValueError, match="3 experts are so many positive numbers of sum 1"):
+        ExpertMixture(3, start=start)
+
+
 def test_the_gradient_of_the_gate():
     # d/dlogitₑ Σ_j g_j f_j = gₑ (fₑ − Σ_j g_j f_j)
     layer = _mixture(3, width=3)
@@ -205,7 +225,7 @@ def test_the_gates_of_a_functional_model_can_be_read():
 
 
 def test_copies_from_their_configs_are_the_same_layers():
-    for layer in (Experts(3, (4, 2), "tanh", 0.2), ExpertMixture(3, 0.3, seed=1)):
+    for layer in (Experts(3, (4, 2), "tanh", 0.2), ExpertMixture(3, 0.3, seed=1, start=[0.5, 0.3, 0.2])):
         copy = keras.layers.deserialize(keras.layers.serialize(layer))
         assert copy.get_config() == layer.get_config()
 

@@ -66,6 +66,23 @@ def test_a_task_reads_the_experts_of_all(schema, encoded):
     np.testing.assert_allclose(tower(shared["like"]), tower.tower(mixed), rtol=1e-5)
 
 
+def test_a_gate_departs_from_a_share_of_the_task_s_own_experts(schema, encoded):
+    config = Config(experts=2, own_share=0.6, **SMALL)
+    trunk = build(config, schema)
+    for tower in trunk.towers.values():
+        tower.mixture.gate.kernel.assign(tf.zeros_like(tower.mixture.gate.kernel))
+    gates = trunk.gates({tensor.name: encoded[tensor.name] for tensor in trunk.gates.inputs})
+    for place, task in enumerate(config.tasks):
+        expected = np.insert(np.full(4, 0.1), 2 * place, [0.3, 0.3])
+        np.testing.assert_allclose(gates[task], np.tile(expected, (8, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_task_begins_with_some_of_its_own_and_some_of_the_others(schema, share):
+    with pytest.raises(ValueError, match=f"own_share is a part of 1, not {share}"):
+        build(Config(own_share=share, **SMALL), schema)
+
+
 def test_shared_experts_learn_from_every_task_and_read_one_set(schema, encoded):
     config = Config(own=False, experts=4, **SMALL)
     trunk = build(config, schema)
