@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -45,6 +46,13 @@ def _pool(most: int) -> ProcessPoolExecutor:
 def _alone() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says what Ctrl-C means
     os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    """A training of minutes is not gone on with for nobody, however the parent ended."""
+    parent.join()
+    os._exit(1)
 
 
 def _timed(measure: Callable[..., Found], *call: Any) -> tuple[float, Found]:
