@@ -88,6 +88,7 @@ LOSSES: tuple[dict[str, Any], ...] = (
     {"loss": "sampled_softmax", "sampler": "log_uniform", "sample": SAMPLE},
     {"loss": "in_batch"},
     {"loss": "nce"},
+    {"loss": "binary"},
     {"loss": "tapas"},
     {"loss": "sagram"},
     {"loss": "sogram"},

@@ -6,6 +6,7 @@
 | `sampled_softmax` | that over the positive and negatives the batch shares | sampler, `sample`, `log_q` |
 | `in_batch` | that over the positives of the batch, by estimated frequencies | `log_q`, `decay` |
 | `nce` | noise-contrastive estimation | sampler, `sample`, `log_q` |
+| `binary` | binary cross-entropy, each row with negatives of its own | sampler, `negatives` |
 | `tapas` | sampled softmax, of negatives the batch ranks high | sampler, `sample`, `log_q`, `resample`, `temperature` |
 | `sagram` | all pairs, items as the sampler draws them, by the last vectors | sampler, `sample`, `gravity` |
 | `sogram` | the same by moving averages | sampler, `sample`, `gravity`, `decay` |
@@ -159,6 +160,29 @@ class NCE(_Drawn):
             self._log_count(negatives) - normaliser,
         )
         return sampled.mean(losses, counts)
+
+
+class Binary(Objective):
+    """Binary cross-entropy of the positive and of negatives that each row draws for itself.
+
+    Raises:
+        ValueError: no negative.
+    """
+
+    def __init__(self, sampler: Sampler, negatives: int) -> None:
+        super().__init__()
+        if negatives < 1:
+            raise ValueError(f"negatives is how many a row draws, at least 1, not {negatives}")
+        self.sampler = sampler
+        self._negatives = negatives
+
+    def loss(self, queries: Any, positives: Any, item_tower: ItemTower, rows: Any = None, counts: Any = None) -> Any:
+        shape = (-1, self._negatives)
+        drawn = ops.reshape(self.sampler.draw(ops.shape(positives)[0] * self._negatives), shape)
+        of_positives, of_drawn = _vectors(item_tower, positives, ops.reshape(drawn, (-1,)))
+        others = ops.cast(ops.not_equal(drawn, positives[:, None]), queries.dtype)
+        of_drawn = ops.reshape(of_drawn, (*shape, of_drawn.shape[-1]))
+        return sampled.mean(sampled.binary(queries, of_positives, of_drawn, others), counts)
 
 
 class Tapas(_Drawn):
@@ -323,6 +347,7 @@ LOSSES: dict[str, Callable[[RecallConfig, Sampler, np.ndarray, int], Objective]]
         StreamingFrequency(counts, config.batch_size, config.decay), config.log_q
     ),
     "nce": lambda config, sampler, counts, seed: NCE(sampler, config.sample, config.log_q, len(counts) - FIRST),
+    "binary": lambda config, sampler, counts, seed: Binary(sampler, config.negatives),
     "tapas": lambda config, sampler, counts, seed: Tapas(
         sampler, config.sample, config.log_q, config.resample, config.temperature, seed + 1
     ),

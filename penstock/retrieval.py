@@ -26,6 +26,7 @@ class RecallConfig:
         loss, sampler: names in `penstock.objectives`, which says which of the following each reads.
         power: of the sampler `unigram`, which draws an item by (its count + 1)^power.
         sample: how many items a batch draws, shared by its rows.
+        negatives: how many items each row of a batch draws for itself.
         log_q: corrects the softmax over a sample, and noise-contrastive estimation, for how likely each item was
             drawn. Without it models lean to items that are seldom drawn.
         resample: how many of `sample` TAPAS keeps.
@@ -48,6 +49,7 @@ class RecallConfig:
     sampler: str = "unigram"
     power: float = 0.75
     sample: int = 1024
+    negatives: int = 1
     log_q: bool = True
     resample: int = 256
     temperature: float = 1.0

@@ -5,6 +5,8 @@ Padding and unknown (indices 0 and 1) are never drawn.
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops, random
@@ -35,8 +37,8 @@ class Sampler(keras.layers.Layer):
         self._log_probabilities = _tensor(np.concatenate([np.full(FIRST, _NEVER), log_probabilities]))
         self._seeds = random.SeedGenerator(seed)
 
-    def draw(self, count: int) -> ops.Tensor:
-        """`count` indices, int32 `[count]`."""
+    def draw(self, count: Any) -> ops.Tensor:
+        """`count` indices, int32 `[count]`; in a graph it may be a number that is known when it runs."""
         raise NotImplementedError
 
     def log_probability(self, indices: ops.Tensor) -> ops.Tensor:
@@ -55,7 +57,7 @@ class Uniform(Sampler):
         known = max(len(counts) - FIRST, 0)
         super().__init__(np.full(known, -np.log(max(known, 1))), seed)
 
-    def draw(self, count: int) -> ops.Tensor:
+    def draw(self, count: Any) -> ops.Tensor:
         return random.randint((count,), FIRST, FIRST + self._known, seed=self._seeds)
 
 
@@ -75,7 +77,7 @@ class Unigram(Sampler):
         keep, alias = alias_table(probabilities)
         self._keep, self._alias = _tensor(keep), ops.convert_to_tensor(alias)
 
-    def draw(self, count: int) -> ops.Tensor:
+    def draw(self, count: Any) -> ops.Tensor:
         column = random.randint((count,), 0, self._known, seed=self._seeds)
         stays = random.uniform((count,), seed=self._seeds) < ops.take(self._keep, column)
         return FIRST + ops.where(stays, column, ops.take(self._alias, column))
@@ -98,7 +100,7 @@ class LogUniform(Sampler):
         super().__init__(log_probabilities, seed)
         self._by_rank = ops.convert_to_tensor(by_rank.astype(np.int32))
 
-    def draw(self, count: int) -> ops.Tensor:
+    def draw(self, count: Any) -> ops.Tensor:
         uniform = random.uniform((count,), seed=self._seeds)
         rank = ops.cast(ops.exp(uniform * float(np.log(self._known + 1.0))), "int32") - 1
         return FIRST + ops.take(self._by_rank, ops.clip(rank, 0, self._known - 1))

@@ -198,6 +198,25 @@ def nce(
     return ops.softplus(-positive) + ops.sum(ops.softplus(negative), axis=1)
 
 
+def binary(query: ops.Tensor, positives: ops.Tensor, negatives: ops.Tensor, others: ops.Tensor) -> ops.Tensor:
+    """Binary cross-entropy of each row's positive and of negatives that are its own.
+
+    `loss = −log σ(s⁺) − Σⱼ log(1 − σ(sⱼ))` with `s = q · v` (Kang & McAuley, ICDM 2018, eq. 6, with one negative).
+
+    Args:
+        query: `[batch, dim]`.
+        positives: item vectors `[batch, dim]`.
+        negatives: item vectors `[batch, negatives, dim]`.
+        others: 1 for a negative that is another item than the positive, else 0, `[batch, negatives]`.
+
+    Returns:
+        The loss of each row, `[batch]`.
+    """
+    positive = ops.sum(query * positives, axis=-1)
+    negative = ops.sum(query[:, None] * negatives, axis=-1)
+    return ops.softplus(-positive) + ops.sum(others * ops.softplus(negative), axis=1)
+
+
 def resample(
     query: ops.Tensor,
     negatives: ops.Tensor,

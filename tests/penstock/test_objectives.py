@@ -137,6 +137,25 @@ def test_softmax_is_that_over_the_known_items_alone():
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
+def test_each_row_has_negatives_of_its_own():
+    """One positive row after another; all items but its own are drawn about alike."""
+    drawn = []
+
+    def vectors(indices):
+        drawn.append(np.asarray(indices))
+        return tf.ones((len(indices), DIM))
+
+    objective = objectives.build(dataclasses.replace(CONFIG, loss="binary", sampler="uniform", negatives=5), COUNTS, 0)
+    queries = np.full((300, DIM), 0.25, np.float32)
+    loss = float(objective.loss(queries, tf.fill((300,), 4), vectors))
+    (indices,) = drawn
+    negatives = indices[300:].reshape(300, 5)
+    assert len({tuple(row) for row in negatives}) > 290
+    assert np.bincount(negatives.ravel(), minlength=KNOWN + 2)[2:].min() > 90  # 125 are expected of each
+    others = (negatives != 4).sum() / 300
+    assert loss == pytest.approx(np.log1p(np.exp(-1.0)) + others * np.log1p(np.exp(1.0)), rel=1e-5)
+
+
 def test_keeping_the_whole_sample_tapas_is_the_sampled_softmax():
     random = np.random.default_rng(3)
     queries, vectors = (random.normal(size=(size, DIM)).astype(np.float32) for size in (5, KNOWN + 2))
@@ -215,7 +234,7 @@ def test_sagram_without_the_rows_says_what_it_lacks():
 
 
 def test_unknown_names_are_answered_with_those_there_are():
-    with pytest.raises(ValueError, match=r"unknown loss 'focal': there are bpr, .*, in_batch, nce, .*, top1_max"):
+    with pytest.raises(ValueError, match=r"unknown loss 'focal': there are binary, bpr, .*, in_batch, nce, .*, top1_max"):
         objectives.build(dataclasses.replace(CONFIG, loss="focal"), COUNTS, 0)
     with pytest.raises(ValueError, match="unknown sampler 'zipf': there are log_uniform, uniform, unigram"):
         objectives.build(dataclasses.replace(CONFIG, sampler="zipf"), COUNTS, 0)
@@ -227,6 +246,7 @@ def test_unknown_names_are_answered_with_those_there_are():
         ("sampled_softmax", {"sample": 0}, "sample is .* at least 1, not 0"),
         ("nce", {"sample": -1}, "sample is .* at least 1, not -1"),
         ("sogram", {"sample": 0}, "sample is .* at least 1, not 0"),
+        ("binary", {"negatives": 0}, "negatives is .* at least 1, not 0"),
         ("tapas", {"resample": 9}, "resample is how many of sample = 8 are kept, 1 to 8, not 9"),
         ("tapas", {"resample": 0}, "1 to 8, not 0"),
         ("tapas", {"temperature": 0.0}, "temperature divides logits: it is above 0, not 0.0"),

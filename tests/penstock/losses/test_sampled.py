@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from penstock.backends.tensorflow import accidental_hits
 from penstock.losses.sampled import (
+    binary,
     distinct,
     in_batch_softmax,
     mean_sampled_softmax,
@@ -304,6 +305,24 @@ def test_nce_equals_the_loops_and_its_gradient_the_closed_form(batch, sample):
     arguments = (positives, noise, log_q, noise_log_q)
     np.testing.assert_allclose(nce(query, *arguments), expected, rtol=1e-5)
     (ours,) = _gradients(lambda value: nce(value, *arguments), query)
+    np.testing.assert_allclose(ours, gradient * np.arange(1, batch + 1)[:, None], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 1), (3, 1), (4, 2)])
+def test_binary_is_the_cross_entropy_of_a_classifier_and_its_gradient(batch, count):
+    random = np.random.default_rng(7)
+    query, positives = (random.normal(size=(batch, 3)).astype(np.float32) for _ in range(2))
+    negatives = random.normal(size=(batch, count, 3)).astype(np.float32)
+    others = (np.arange(batch * count).reshape(batch, count) % 3 != 1).astype(np.float32)
+    scores = np.concatenate([positives[:, None], negatives], axis=1) @ query[:, :, None]
+    labels = np.concatenate([np.ones((batch, 1)), np.zeros((batch, count))], axis=1).astype(np.float32)
+    entropy = tf.nn.sigmoid_cross_entropy_with_logits(labels, scores[:, :, 0]).numpy()
+    expected = entropy[:, 0] + (entropy[:, 1:] * others).sum(axis=1)
+    np.testing.assert_allclose(binary(query, positives, negatives, others), expected, rtol=1e-5)
+    # d/ds⁺ = σ(s⁺) − 1, d/ds⁻ = σ(s⁻)
+    slopes = (1 / (1 + np.exp(-scores[:, :, 0])) - labels) * np.concatenate([np.ones((batch, 1)), others], axis=1)
+    gradient = np.einsum("bn,bnd->bd", slopes, np.concatenate([positives[:, None], negatives], axis=1))
+    (ours,) = _gradients(lambda value: binary(value, positives, negatives, others), query)
     np.testing.assert_allclose(ours, gradient * np.arange(1, batch + 1)[:, None], rtol=1e-4, atol=1e-6)
 
 

@@ -88,10 +88,11 @@ def test_who_else_is_in_the_batch_changes_nothing(towers):
         np.testing.assert_allclose(towers.query(row)[0], one, rtol=1e-4, atol=1e-6)
 
 
-def test_every_place_of_a_row_is_learnt_from():
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+def test_every_place_of_a_row_is_learnt_from(loss):
     """One user whose items go round: each is told from the one before it, in the middle as at the end."""
     keras.utils.set_random_seed(2)
-    config = Config(dim=16, blocks=1, dropout=0.0, loss="softmax", batch_size=8)
+    config = Config(dim=16, blocks=1, dropout=0.0, loss=loss, sampler="uniform", negatives=5, batch_size=8)
     model = Retrieval(build(config, SCHEMA, CATALOGUE), objectives.build(config, np.ones(ITEMS), 1))
     model.build()
     model.compile(keras.optimizers.Adam(0.02), jit_compile=False)
