@@ -234,7 +234,9 @@ def test_sagram_without_the_rows_says_what_it_lacks():
 
 
 def test_unknown_names_are_answered_with_those_there_are():
-    with pytest.raises(ValueError, match=r"unknown loss 'focal': there are binary, bpr, .*, in_batch, nce, .*, top1_max"):
+    with pytest.raises(
+        ValueError, match=r"unknown loss 'focal': there are binary, bpr, .*, in_batch, nce, .*, top1_max"
+    ):
         objectives.build(dataclasses.replace(CONFIG, loss="focal"), COUNTS, 0)
     with pytest.raises(ValueError, match="unknown sampler 'zipf': there are log_uniform, uniform, unigram"):
         objectives.build(dataclasses.replace(CONFIG, sampler="zipf"), COUNTS, 0)
