@@ -26,7 +26,9 @@ Richardson, Dominowska & Ragno, WWW 2007; the power of the rank as in Joachims, 
 set so that the default log has KuaiRand's rates (click .449, long view .316, profile .0189, like .0174).
 
 The log is what a logging policy showed, so it is biased: the policy draws candidates by popularity and freshness and
-orders them by popularity, a noisy guess of the affinity, and noise. Four requests in a hundred arrive late, by up to
+orders them by popularity, a noisy guess of the affinity, and noise. What is worth more stands higher, so that position
+misleads nobody about the order of items; with `favour` the shown are ordered by favour · f_author besides, of which
+nothing else depends. Four requests in a hundred arrive late, by up to
 6 hours; a log holds what had arrived by its end.
 """
 
@@ -121,6 +123,7 @@ class Config:
         sessions_per_day: of a mean user; a session is 1.8 requests of `SLATE` items on the average.
         first_day: YYYY-MM-DD (UTC).
         users_per_part: users worked on together; memory grows with it, the events written do not depend on it.
+        favour: how much the order of a slate follows what the policy prefers of authors, whatever they are worth.
     """
 
     seed: int = 7
@@ -131,6 +134,7 @@ class Config:
     sessions_per_day: float = 0.21
     first_day: str = "2026-01-05"
     users_per_part: int = 50_000
+    favour: float = 0.0
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -141,6 +145,7 @@ class Config:
             ("days", 1, 2**12 - 1),
             ("sessions_per_day", 0.0, 4.0),
             ("users_per_part", 1, 2**24),
+            ("favour", 0.0, 100.0),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -198,6 +203,7 @@ class Items:
     appeal: Floats
     depth: Floats
     charm: Floats
+    favoured: Floats
     peak_hour: Floats
     duration_ms: Ints
     upload_ms: Ints
@@ -353,6 +359,7 @@ class Truth:
             appeal=_normal(seed, "appeal", ids),
             depth=1.5 * _normal(seed, "depth", ids),
             charm=0.8 * _normal(seed, "charm", author),
+            favoured=_normal(seed, "favoured", author),
             peak_hour=24 * _uniform(seed, "peak hour", topic),
             duration_ms=np.clip(np.exp(10.6 + 0.9 * _normal(seed, "duration", ids)), 5_000, 1_200_000).astype(np.int64),
             upload_ms=config.start_ms + np.where(ids < config.items, -1 - before, day * DAY_MS + before // 30),
@@ -576,6 +583,10 @@ def _slates(config: Config, users: Users, items: Items, candidates: _Candidates,
     score[items.upload_ms[drawn] > requests.time_ms[:, None]] = -np.inf
     score[:, 1:][drawn[:, 1:] == drawn[:, :-1]] = -np.inf
     order = np.argsort(-score, axis=1)[:, :SLATE]
+    if config.favour:
+        favoured = score + config.favour * items.favoured[drawn]
+        again = np.argsort(-np.take_along_axis(favoured, order, axis=1), axis=1)
+        order = np.take_along_axis(order, again, axis=1)
     chosen = np.take_along_axis(drawn, order, axis=1)
     return np.where(np.isfinite(np.take_along_axis(score, order, axis=1)), chosen, -1)
 

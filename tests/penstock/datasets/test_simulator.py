@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from penstock.datasets.simulator import Audience, Config, Truth, write_log
@@ -163,6 +164,21 @@ def test_the_log_is_biased_towards_what_users_like(judged: pl.DataFrame) -> None
     assert by_position[0] > by_position[9] + 0.1
 
 
+def test_what_authors_are_favoured_by_is_where_they_stand_and_nothing_else(default: Path, tmp_path: Path) -> None:
+    favouring = replace(Config(), favour=3.0)
+    write_log(favouring, tmp_path)
+    one, other = (read_events(log).sort("request_id", "item_id") for log in (default, tmp_path))
+    same = ["request_id", "item_id", "user_id", "event_time", "device", "scenario"]
+    assert one.select(same).equals(other.select(same))
+    assert not one["position"].equals(other["position"])
+    truth, ids = Truth(favouring), one["item_id"].to_numpy()
+    favoured = truth.items(ids).favoured
+    relevance = truth.relevance(one["user_id"].to_numpy(), ids, one["event_time"].dt.epoch("ms").to_numpy())
+    assert spearmanr(favoured, other["position"]).statistic < -0.8
+    assert abs(spearmanr(favoured, one["position"]).statistic) < 0.05
+    assert abs(spearmanr(favoured, relevance).statistic) < 0.1
+
+
 def test_randomised_slates_give_back_the_examination_curve() -> None:
     """In slates in random order the click rate of a position is proportional to its examination."""
     truth = Truth(Config())
@@ -264,6 +280,7 @@ def test_the_audience_comes_on_any_day() -> None:
         ({"users": 0}, "users is 0; it goes from 1"),
         ({"items": 10}, "items is 10; it goes from 100"),
         ({"days": 5000}, "days is 5000"),
+        ({"favour": -1.0}, "favour is -1.0; it goes from 0.0"),
         ({"sessions_per_day": float("nan")}, "sessions_per_day is nan"),
         ({"first_day": "5 January"}, "first_day is '5 January', not a date"),
     ],
