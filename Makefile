@@ -33,7 +33,9 @@ SERVERS := redis-server postgresql openjdk-17-jre-headless
 HAVE_SERVERS = command -v redis-server && command -v java && ls /usr/lib/postgresql/*/bin/postgres
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
-export PYTHONPATH := $(CURDIR)
+# JAX, where it is asked for.
+BACKEND := $(if $(filter jax,$(KERAS_BACKEND)),$(JAX))
+export PYTHONPATH := $(CURDIR)$(if $(BACKEND),:$(CURDIR)/$(dir $(JAX)))
 
 .PHONY: setup jax servers faketime demo up down status mend test check bench-features bench-index bench-recall bench-ralm bench-recall-speed bench-sequence bench-sequence-speed bench-rank bench-rank-speed bench-model-server bench-serve bench-swaps soak release-trials reconcile bench-sparse-experts bench-weights position-trials expert-trials gate-trials ab-trials features-doc lock image image-check scheduler-check clean
 
@@ -142,7 +144,7 @@ bench-ralm: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.ralm $(if $(QUICK),--quick) $(if $(AGAIN),--again) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data "$(DATA)")
 
 # Training steps beside PyTorch, DeepMatch and plain Keras at four sizes of the vocabulary, in half an hour; QUICK=1 is a smaller form.
-bench-recall-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
+bench-recall-speed: $(READY) $(BACKEND) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
 	@$(BIN)/python -W ignore -m benchmarks.recall_speed $(if $(QUICK),--quick)
 
 # Sequence models on Amazon Beauty beside baselines and a published table, in some hours; QUICK=1 is a smaller form.
@@ -182,7 +184,7 @@ bench-rank: $(READY) $(TREES)
 	@$(BIN)/python -W ignore -m benchmarks.rank $(if $(QUICK),--quick) $(if $(AGAIN),--again) $(if $(DATA),--data "$(DATA)")
 
 # Training steps of MMoE beside PyTorch and DeepCTR, in some ten minutes; QUICK=1 is a smaller form.
-bench-rank-speed: $(READY) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
+bench-rank-speed: $(READY) $(BACKEND) $(TORCH) $(if $(QUICK),,$(DEEPMATCH))
 	@$(BIN)/python -W ignore -m benchmarks.rank_speed $(if $(QUICK),--quick)
 
 # The embedded model server beside the model called in process, in two minutes; QUICK=1 is a smaller form.

@@ -3,7 +3,7 @@
 Of both mixtures: where each task teaches an expert of its own, as is the default, and where all share five.
 
 `make expert-trials` trains on a simulated log, counts the tasks whose gate leaves most experts unused or has next to
-all of its share on one, prints a table and writes build/bench/experts.json; QUICK=1 is a smaller form of it. What was
+all of its share on one, prints a table and writes build/bench/gates.json; QUICK=1 is a smaller form of it. What was
 measured stays in build/bench/experts.
 """
 

@@ -170,7 +170,9 @@ def compare(measured: Sequence[Measured]) -> list[Comparison]:
 
 def run(command: Sequence[str | Path]) -> dict[str, Any]:
     """Runs a variant's process on two cores and reads its last line."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": str(CORES)}
+    # JAX stands beside our environment, and is not a peer's
+    path = os.pathsep.join(sys.path) if command[0] == sys.executable else str(ROOT)
+    environment = os.environ | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": str(CORES)}
     cores = set(sorted(os.sched_getaffinity(0))[:CORES])
     done = subprocess.run(
         [str(part) for part in command],

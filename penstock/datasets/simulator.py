@@ -27,9 +27,9 @@ set so that the default log has KuaiRand's rates (click .449, long view .316, pr
 
 The log is what a logging policy showed, so it is biased: the policy draws candidates by popularity and freshness and
 orders them by popularity, a noisy guess of the affinity, and noise. What is worth more stands higher, so that position
-misleads nobody about the order of items; with `favour` the shown are ordered by favour · f_author besides, of which
-nothing else depends. Four requests in a hundred arrive late, by up to
-6 hours; a log holds what had arrived by its end.
+misleads nobody about the order of items; with `favour` the shown are ordered by favour · f_author besides, f normal,
+on which nothing else depends. Four requests in a hundred arrive late, by up to 6 hours; a log holds what had arrived by
+its end.
 """
 
 from __future__ import annotations
