@@ -161,7 +161,7 @@ bench-sparse-experts: $(READY)
 
 # The position tower on ten simulated logs whose truth is known, in about an hour; QUICK=1 is a smaller form.
 position-trials: $(READY)
-	@$(BIN)/python -W ignore -m benchmarks.position $(if $(QUICK),--quick)
+	@$(BIN)/python -W ignore -m benchmarks.position $(if $(QUICK),--quick) $(if $(AGAIN),--again)
 
 # The search of the output weights beside loops over scikit-learn, in some fifteen minutes; QUICK=1 is a smaller form.
 bench-weights: $(READY)

@@ -54,7 +54,7 @@ TRIALS = (
     Trial("single_task", "single_task", {}),
     Trial("shared_bottom", "shared_bottom", {}),
     Trial("mmoe", "mmoe", {}),
-    Trial("mmoe, position tower", "mmoe", {"position_bias": True}),
+    Trial("mmoe, position tower", "mmoe", {"position_bias": "logit"}),
     Trial("sparse_moe", "sparse_moe", {}),
     Trial("youtube_ranking", "youtube_ranking", {}),
     Trial("bst", "bst", {}),

@@ -17,6 +17,7 @@ from penstock.examples import CONTEXT, Schema, Side
 from penstock.fitting import Settings
 from penstock.layers.concrete_dropout import ConcreteDropout
 from penstock.layers.embedding import IdDropout, embed, sizes_of
+from penstock.layers.examination import Examination
 from penstock.layers.latent_cross import LatentCross
 from penstock.layers.position_bias import PositionBias
 from penstock.layers.task_weights import HomoscedasticWeights
@@ -46,6 +47,7 @@ WATCH_TIME = "watch_time"
 TASKS = (*BINARY, WATCH_TIME)
 
 WEIGHTINGS = ("fixed", "uncertainty", "pareto")
+POSITION_BIASES = ("none", "logit", "examination")
 
 CALIBRATIONS = ("temperature", "isotonic", "none")
 
@@ -79,8 +81,9 @@ class RankConfig:
             learnt (Kendall, Gal & Cipolla 2018); `pareto`, by the combination of gradients that is best for all (Sener
             & Koltun 2018).
         variance: heads have a variance of their own: of the logit, and of log(1 + seconds) (Kendall & Gal 2017).
-        position_bias: what the place on the screen adds is learnt beside, so that it is not taken for the item's worth;
-            serving does not know of it (Zhao et al., RecSys 2019).
+        position_bias: what the place on the screen does is learnt beside, so that it is not taken for the item's worth;
+            serving does not know of it. `logit`: it is added to a logit (Zhao et al., RecSys 2019); `examination`: it
+            is a factor of the probability, the share of users who look there (Guo et al., RecSys 2019); or `none`.
         positions: so many places of a slate have a bias of their own.
         position_dropout: the share of rows of which training withholds the place.
         latent_cross: scenario, device, hour and the time since the last action multiply what is read (Beutel et al.,
@@ -105,7 +108,7 @@ class RankConfig:
     loss_weights: Mapping[str, float] = field(default_factory=lambda: {"like": 5.0, "profile_enter": 5.0})
     positive_weights: Mapping[str, float] = field(default_factory=dict)
     weighting: str = "fixed"
-    position_bias: bool = False
+    position_bias: str = "none"
     positions: int = 32
     position_dropout: float = 0.1
     latent_cross: bool = False
@@ -228,7 +231,8 @@ class Head(NamedTuple):
 class Ranking(distribution.Model):
     """Trains a trunk for its tasks; `scores` is what is served.
 
-    Inputs are encoded features by name, and `POSITION` with `RankConfig.position_bias`. Targets are by task, float32
+    Inputs are encoded features by name. With `RankConfig.position_bias` what is said of a row is at its `POSITION`,
+    among the inputs in training, and otherwise at an average place of its device. Targets are by task, float32
     `[batch]`: 0 or 1, of `WATCH_TIME` seconds.
 
     Args:
@@ -254,10 +258,13 @@ class Ranking(distribution.Model):
         self.heads = {task: keras.layers.Dense(outputs, name=f"head_{task}", dtype="float32") for task in config.tasks}
         if config.weighting == "uncertainty":
             self.task_weights = HomoscedasticWeights({task: _kind(task, config) for task in config.tasks})
-        if config.position_bias:
+        self.position_bias: PositionBias | None = None
+        if config.position_bias == "logit":
             self.position_bias = PositionBias(
                 config.positions, devices, len(config.tasks), config.position_dropout, dtype="float32"
             )
+        elif config.position_bias == "examination":
+            self.position_bias = Examination(config.positions, devices, config.position_dropout, dtype="float32")
         self.seconds = self.add_weight((), keras.initializers.Constant(seconds), trainable=False, name="seconds")
         self.calibrators: dict[str, Calibrator] = {}
 
@@ -267,33 +274,45 @@ class Ranking(distribution.Model):
         self.heads_of(shared)
         if self.config.weighting == "uncertainty":
             self.task_weights.build()
-        if self.config.position_bias:
+        if self.position_bias is not None:
             self.position_bias.build()
         self.built = True
 
     def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
         return self.shared({tensor.name: inputs[tensor.name] for tensor in self.shared.inputs}, training=training)
 
-    def heads_of(self, shared: Any, training: bool = False) -> dict[str, Head]:
-        """The heads, by task."""
-        found = {}
-        for task, head in self.heads.items():
-            outputs = head(self.towers[task](_of(task, shared), training=training))
-            found[task] = Head(outputs[:, 0], bounded(outputs[:, 1]) if self.config.variance else None)
-        return found
-
-    def losses_of(
-        self, shared: Any, targets: dict[str, Any], training: bool, biases: Any | None = None
-    ) -> dict[str, Any]:
-        """The mean loss of each task times its weight, `[]` by name.
+    def heads_of(self, shared: Any, training: bool = False, effect: Any | None = None) -> dict[str, Head]:
+        """The heads, by task.
 
         Args:
-            biases: added to the mean of each head, `[batch, tasks]`.
+            effect: what `position_bias` says of the places of the rows.
         """
         found = {}
-        for place, (task, head) in enumerate(self.heads_of(shared, training).items()):
-            shown = head if biases is None else head._replace(mean=head.mean + biases[:, place])
-            losses = self._row_losses(task, shown, targets[task])
+        for place, (task, head) in enumerate(self.heads.items()):
+            outputs = head(self.towers[task](_of(task, shared), training=training))
+            mean = outputs[:, 0]
+            if self.position_bias is not None and effect is not None:
+                of_task = effect[:, min(place, effect.shape[1] - 1)]
+                # the odds of watch time are the expected seconds: a factor of these is a term of the logit
+                mean = mean + of_task if task == WATCH_TIME else self.position_bias.applied(mean, of_task)
+            found[task] = Head(mean, bounded(outputs[:, 1]) if self.config.variance else None)
+        return found
+
+    def effect(self, inputs: dict[str, Any], training: bool = False) -> Any:
+        """What `position_bias` says of the places of rows, of an average place where inputs have none; or None."""
+        if self.position_bias is None:
+            return None
+        device = inputs["device"]
+        position = inputs[POSITION] if POSITION in inputs else -ops.ones_like(device)
+        return self.position_bias(position, device, training=training)
+
+    def losses_of(
+        self, shared: Any, targets: dict[str, Any], training: bool, effect: Any | None = None
+    ) -> dict[str, Any]:
+        """The mean loss of each task times its weight, `[]` by name; `effect` as for `heads_of`."""
+        found = {}
+        for task, head in self.heads_of(shared, training, effect).items():
+            losses = self._row_losses(task, head, targets[task])
             found[task] = self.config.loss_weights.get(task, 1.0) * ops.mean(losses)
         return found
 
@@ -312,11 +331,11 @@ class Ranking(distribution.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
-        biases = self.position_bias(x[POSITION], x["device"], training=training) if self.config.position_bias else None
+        effect = self.effect(x, training)
         if self.config.weighting == "pareto":
-            total, _ = pareto(lambda shared: self.losses_of(shared, y, training, biases), y_pred)
+            total, _ = pareto(lambda shared: self.losses_of(shared, y, training, effect), y_pred)
         else:
-            losses = self.losses_of(y_pred, y, training, biases)
+            losses = self.losses_of(y_pred, y, training, effect)
             weighted = self.config.weighting == "uncertainty"
             total = self.task_weights(losses) if weighted else ops.sum(ops.stack([*losses.values()]))
         return distribution.share(ops.sum(ops.stack([total, *self.losses])))
@@ -331,7 +350,8 @@ class Ranking(distribution.Model):
         """
         passes = self.config.passes
         repeated = {name: ops.concatenate([value] * passes) for name, value in inputs.items()} if passes else inputs
-        heads = self.heads_of(self.shared(repeated, training=passes > 0), training=passes > 0)
+        shared = self.shared({tensor.name: repeated[tensor.name] for tensor in self.shared.inputs}, training=passes > 0)
+        heads = self.heads_of(shared, training=passes > 0, effect=self.effect(repeated))
         found: dict[str, Any] = {}
         for task, head in heads.items():
             if not passes and head.log_variance is None and task != WATCH_TIME:
@@ -408,7 +428,7 @@ def check_tasks(config: RankConfig) -> None:
     missing = [task for task in LABELS if task not in config.tasks]
     if missing:
         raise ValueError(f"tasks lack {', '.join(missing)}: what is ranked for is learnt")
-    for name, known in (("weighting", WEIGHTINGS), ("calibration", CALIBRATIONS)):
+    for name, known in (("weighting", WEIGHTINGS), ("position_bias", POSITION_BIASES), ("calibration", CALIBRATIONS)):
         if getattr(config, name) not in known:
             raise ValueError(f"unknown {name} {getattr(config, name)!r}: there are {', '.join(known)}")
     if config.pretrained != "none":

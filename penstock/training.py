@@ -110,9 +110,10 @@ def train_rank(
         model = _build_rank(module, config, schema, _mean_seconds(targets["train"]))
     inputs = {part: _encoded(model.shared, rows[part], schema) for part in rows}
     check(inputs["train"], {task: values for task, values in targets["train"].items() if task in BINARY})
-    if config.position_bias:
-        inputs["train"][POSITION] = rows["train"]["position"].fill_null(-1).to_numpy().astype(np.int32)
-        model.position_bias.adapt(inputs["train"][POSITION], inputs["train"]["device"])
+    seen = inputs
+    if model.position_bias is not None:
+        seen = {part: inputs[part] | {POSITION: _positions(rows[part])} for part in rows}
+        model.position_bias.adapt(seen["train"][POSITION], seen["train"]["device"])
     if config.pretrained != "none":
         from penstock import pretraining  # learns on TensorFlow
 
@@ -129,20 +130,18 @@ def train_rank(
         for table in tables:
             table.table.assign(vectors)
             table.trainable = not config.frozen
-    train, validation = (
-        Rows(inputs["train"], targets["train"], config.batch_size),
-        Rows(inputs["validation"], (), SCORED),
-    )
+    train = Rows(seen["train"], targets["train"], config.batch_size)
     model.compile(_optimizer("adam", config, train))
     history = fit(
         model,
         train,
-        _log_losses(model, validation, targets["validation"]),
+        # of rows where they were shown: what is served is of no place, and to be near it is not what is learnt
+        _log_losses(model, Rows(seen["validation"], (), SCORED), targets["validation"]),
         config.settings,
         seed,
         _checkpoint(checkpoint, examples, name, config, seed),
     )
-    predicted = _predicted(model.uncalibrated, validation)
+    predicted = _predicted(model.uncalibrated, Rows(inputs["validation"], (), SCORED))
     calibrators = {
         task: _calibrator(task, targets["validation"][task], predicted[task], config) for task in config.tasks
     }
@@ -215,15 +214,22 @@ def _encoded(model: keras.Model, rows: pl.DataFrame, schema: Schema) -> dict[str
     }
 
 
+def _positions(rows: pl.DataFrame) -> np.ndarray:
+    return rows["position"].fill_null(-1).to_numpy().astype(np.int32)
+
+
 def _predicted(predict: Callable[[Any], Mapping[str, Any]], rows: Rows) -> dict[str, np.ndarray]:
     """What a method of a model says of rows, `[rows, …]` by name."""
     parts = [predict(inputs) for inputs, _ in rows.batches()]
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
-def scores(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:
-    """What a rank model would serve for some rows, `[rows]` by name."""
-    return _predicted(model.scores, Rows(_encoded(model.shared, rows, schema), (), SCORED))
+def scores(model: Ranking, rows: pl.DataFrame, schema: Schema, position: int | None = None) -> dict[str, np.ndarray]:
+    """What a rank model would serve for some rows, `[rows]` by name; or what it says of them all at one position."""
+    inputs = _encoded(model.shared, rows, schema)
+    if position is not None:
+        inputs[POSITION] = np.full(rows.height, position, np.int32)
+    return _predicted(model.scores, Rows(inputs, (), SCORED))
 
 
 def gates(model: Ranking, rows: pl.DataFrame, schema: Schema) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What the place of an item on the screen adds to a click, apart from what the item is worth."""
+"""What the place of an item on the screen does to a click, apart from what the item is worth."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import keras
 import numpy as np
 from keras import ops, random
 
+PACE = 3.0
+"""So many times do weights of curves count: Adam moves each weight by its rate, and steep curves have far to go."""
+
 
 @keras.saving.register_keras_serializable("penstock")
 class PositionBias(keras.layers.Layer):
     """A logit for each task by position and device, added in training alone (Zhao et al., RecSys 2019, section 4.4).
 
     `P(label | x, p, d) = σ(r(x) + b(p, d))` with `b(p, d) = c(p, d) − Σ_q share(q | d) c(q, d)`; c is a curve that
-    devices share, so that a rare one has its shape, and what each has of its own. Call with positions and device
-    indices, int `[batch]`; gives `[batch, tasks]`. A position below 0 is missing, one beyond the last is the last.
+    devices share, so that a rare one has its shape, and what each has of its own; both are `PACE` times their weights.
+    Call with positions and device indices, int `[batch]`; gives `[batch, tasks]`. A position below 0 is missing, one
+    beyond the last is the last.
 
     Of r(x) and b the data tell only the sum, so that a constant may stand in either. Here the mean of b over the
     positions at which a device showed its rows is 0 (`adapt`; until then all count alike), and a missing position has
@@ -81,18 +85,31 @@ class PositionBias(keras.layers.Layer):
         if training and self.dropout:
             drawn = random.uniform(ops.shape(position), seed=self._seeds)
             known = ops.logical_and(known, ops.greater_equal(drawn, self.dropout))
+        curves = self._curves()
         place = device * self.positions + ops.clip(position, 0, self.positions - 1)
-        logits = ops.take(ops.reshape(self._curves(), (-1, self.tasks)), place, axis=0)
-        return logits * ops.cast(known, logits.dtype)[:, None]
+        at_place = ops.take(ops.reshape(curves, (-1, self.tasks)), place, axis=0)
+        return ops.where(known[:, None], at_place, ops.take(self._missing(curves), device, axis=0))
+
+    def applied(self, logits: Any, effect: Any) -> Any:
+        """The logits of a task at the places of an effect, `[batch]` both: their sum."""
+        return logits + effect
+
+    def curve(self, device: int) -> np.ndarray:
+        """What is learned by position on a device, `[positions, tasks]`."""
+        return np.array(ops.convert_to_numpy(self._curves()[device]))
+
+    def _raw(self) -> Any:
+        """c, `[devices, positions, tasks]`."""
+        return PACE * (self.shared[None] + self.own)
 
     def _curves(self) -> Any:
         """b, `[devices, positions, tasks]`."""
-        curves = self.shared[None] + self.own
+        curves = self._raw()
         return curves - ops.einsum("dp,dpt->dt", self.share, curves)[:, None]
 
-    def curve(self, device: int) -> np.ndarray:
-        """The learned logit by position on a device, `[positions, tasks]`."""
-        return np.array(ops.convert_to_numpy(self._curves()[device]))
+    def _missing(self, curves: Any) -> Any:
+        """What a row without a position has, `[devices, tasks]`."""
+        return ops.zeros_like(curves[:, 0])
 
     def get_config(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("positions", "devices", "tasks", "dropout", "seed")}

@@ -250,7 +250,7 @@ def test_every_way_of_training_gives_a_model_that_serves(name, shown, tmp_path):
     ways = {
         "epochs": 1,
         "weighting": "uncertainty",
-        "position_bias": True,
+        "position_bias": "examination" if name == "bst" else "logit",
         "latent_cross": True,
         "pretrained": "item2vec" if name == "mmoe" else "none",
         "frozen": True,

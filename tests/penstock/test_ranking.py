@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from penstock import calibration
+from penstock.layers.position_bias import PACE
 from penstock.ranking import BINARY, TASKS, WATCH_TIME, RankConfig, Ranking, Trunk, check_tasks
 
 PARTS = ("epistemic", "aleatoric")
@@ -187,25 +188,35 @@ def test_tasks_that_have_each_their_own_share_no_gradient(rows):
     assert len(touched) == len(own) + 2
 
 
-def test_the_position_is_of_training_alone(rows):
+@pytest.mark.parametrize("form", ["logit", "examination"])
+@pytest.mark.parametrize("passes", [0, 2])
+def test_what_is_said_of_a_row_is_at_its_place_or_at_an_average_one(rows, form, passes):
     inputs, targets = rows
-    model = _ranking(RankConfig(position_bias=True, positions=3))
-    shown = inputs | {"position": np.arange(ROWS) % 3, "device": np.zeros(ROWS, np.int32)}
-    scores = {task: np.asarray(values) for task, values in model.scores(inputs).items()}
-    before = float(model.compute_loss(x=shown, y=targets, y_pred=model(shown), training=False))
-    model.position_bias.shared.assign(np.outer([2.0, 0.0, -2.0], np.ones(len(TASKS))))
-    after = float(model.compute_loss(x=shown, y=targets, y_pred=model(shown), training=False))
-    hidden = shown | {"position": np.full(ROWS, -1)}
-    assert after != pytest.approx(before, rel=1e-3)
-    assert float(model.compute_loss(x=hidden, y=targets, y_pred=model(hidden), training=False)) == pytest.approx(before)
-    for task, values in model.scores(inputs).items():
-        np.testing.assert_array_equal(values, scores[task])
+    model = _ranking(RankConfig(position_bias=form, positions=3, passes=passes))
+    inputs = inputs | {"device": np.zeros(ROWS, np.int32)}
+    shown = inputs | {"position": np.arange(ROWS) % 3}
+    hidden = inputs | {"position": np.full(ROWS, -1)}
+
+    def loss(x):
+        return float(model.compute_loss(x=x, y=targets, y_pred=model(x), training=False))
+
+    assert loss(shown) == pytest.approx(loss(inputs))
+    model.position_bias.shared.assign(np.outer([0.4, 0.0, -0.4], np.ones(model.position_bias.tasks)))
+    assert loss(shown) != pytest.approx(loss(inputs), rel=1e-3)
+    assert loss(hidden) == pytest.approx(loss(inputs))
+    of_none, of_first, of_last = (
+        model.scores(inputs if place is None else inputs | {"position": np.full(ROWS, place)}) for place in (None, 0, 2)
+    )
+    for task in TASKS:
+        low, middle, high = (np.asarray(scores[task]) for scores in (of_last, of_none, of_first))
+        assert (low < middle).all()
+        assert (middle < high).all()
 
 
 @pytest.mark.parametrize("config", [{"weighting": "pareto"}, {"variance": True}, {}])
 def test_a_bias_is_what_a_head_says_more_where_an_item_is_shown(rows, config):
     inputs, targets = rows
-    model = _ranking(RankConfig(position_bias=True, positions=2, **config))
+    model = _ranking(RankConfig(position_bias="logit", positions=2, **config))
     shared = model(inputs)
     biases = np.linspace(-1.0, 1.0, ROWS * len(TASKS), dtype=np.float32).reshape(ROWS, -1)
     found = model.losses_of(shared, targets, False, biases)
@@ -214,6 +225,22 @@ def test_a_bias_is_what_a_head_says_more_where_an_item_is_shown(rows, config):
         weight = model.config.loss_weights.get(task, 1.0)
         expected = weight * np.mean(model._row_losses(task, moved, targets[task]))
         assert float(found[task]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_examination_is_a_factor_of_each_probability_and_of_the_seconds(rows):
+    inputs, _ = rows
+    model = _ranking(RankConfig(position_bias="examination", positions=2))
+    inputs = inputs | {"device": np.zeros(ROWS, np.int32)}
+    model.position_bias.own.assign(np.array([[[0.0], [-0.5]]]))
+    e = model.position_bias.curve(0)[1]
+    assert e == pytest.approx(np.exp(-0.5 * PACE))
+    first, second, served = (
+        model.scores(inputs | place)
+        for place in ({"position": np.zeros(ROWS, int)}, {"position": np.ones(ROWS, int)}, {})
+    )
+    for task in TASKS:
+        np.testing.assert_allclose(second[task], e * np.asarray(first[task]), rtol=1e-4)
+        np.testing.assert_allclose(served[task], (1.0 + e) / 2.0 * np.asarray(first[task]), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +252,7 @@ def test_a_bias_is_what_a_head_says_more_where_an_item_is_shown(rows, config):
         ({"positive_weights": {"comment": 1.0}}, "unknown task comment"),
         ({"weighting": "gradnorm"}, "unknown weighting 'gradnorm': there are fixed"),
         ({"pretrained": "word2vec"}, "unknown pretraining 'word2vec': there are graph, item2vec"),
+        ({"position_bias": "rank"}, "unknown position_bias 'rank': there are none, logit, examination"),
         ({"calibration": "beta"}, "unknown calibration 'beta': there are temperature"),
     ],
 )

@@ -7,7 +7,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.layers.position_bias import PositionBias
+from penstock.layers.position_bias import PACE, PositionBias
 
 
 def _filled(positions, devices, tasks=1, **arguments):
@@ -22,7 +22,7 @@ def _filled(positions, devices, tasks=1, **arguments):
 
 def _curve(layer, device, share):
     """b of a device by loops, `[positions][tasks]`."""
-    c = np.asarray(layer.shared) + np.asarray(layer.own)[device]
+    c = PACE * (np.asarray(layer.shared) + np.asarray(layer.own)[device])
     mean = sum(share[position] * c[position] for position in range(layer.positions))
     return [c[position] - mean for position in range(layer.positions)]
 
@@ -35,7 +35,7 @@ def test_before_it_learns_no_position_counts():
 def test_the_logit_is_the_curve_less_its_mean_where_rows_were_shown():
     layer = PositionBias(2, 1)
     layer.adapt(np.array([0, 0, 0, 1, -1]), np.zeros(5, int))
-    layer.shared.assign([[4.0], [0.0]])
+    layer.shared.assign([[4.0 / PACE], [0.0]])
     np.testing.assert_allclose(layer(np.array([0, 1]), np.zeros(2, int)), [[1.0], [-3.0]], rtol=1e-6)
 
 
@@ -77,7 +77,7 @@ def test_the_gradient_is_of_the_position_less_the_share_of_each():
         total = tf.reduce_sum(layer(np.array([1, 1]), np.array([1, 1])))
     shared, own = tape.gradient(total, [layer.shared.value, layer.own.value])
     assert not isinstance(own, tf.IndexedSlices)
-    np.testing.assert_allclose(shared[:, 0], 2.0 * np.array([-0.25, 0.5, -0.25]), atol=1e-6)
+    np.testing.assert_allclose(shared[:, 0], PACE * 2.0 * np.array([-0.25, 0.5, -0.25]), atol=1e-6)
     np.testing.assert_allclose(own[1], shared, atol=1e-6)
     assert not own[0].numpy().any()
 
