@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+import penstock
 from benchmarks import ralm_live
 from benchmarks.kept import FIGURES, once, say_former, window
 from benchmarks.recall import make_examples
@@ -49,12 +50,12 @@ WAYS = {
     "RALM without global": Config(alpha=0.0, beta=1.0),
     "RALM": Config(),
 }
+TOWERS = ("ralm_user", "youtube_dnn")
 MODULES = (
     "benchmarks.ralm",
     "penstock.training",
     "penstock.look_alike_training",
-    "penstock.recall.ralm_user",
-    "penstock.recall.youtube_dnn",
+    *(f"penstock.recall.{name}" for name in TOWERS),
 )
 MEASURES = ("auc", *(f"prec@{k}" for k in DEPTHS))
 
@@ -198,6 +199,13 @@ def known(examples: Path, seed: int, epochs: int) -> Known:
     return Known(schema, split, tower, training.query_vectors(tower, split.before, schema))
 
 
+def configs(epochs: int) -> dict[str, Any]:
+    """What each model is trained with, whatever else of it changes by default one day."""
+    towers = {name: penstock.config(penstock.module("recall", name), {"epochs": epochs}) for name in TOWERS}
+    heads = {way: replace(config, epochs=min(epochs, config.epochs)) for way, config in WAYS.items() if config}
+    return {name: asdict(config) for name, config in {**towers, **heads}.items()}
+
+
 def _trained(examples: Path, name: str, seed: int, epochs: int) -> Retrieval:
     with tempfile.TemporaryDirectory() as place:
         training.train_recall(examples, name, {"epochs": epochs}, seed, Path(place) / name)
@@ -237,7 +245,7 @@ def offline(examples: Path, folder: Path, seed: int, epochs: int, ways: tuple[st
         figures = {name: judge(of, split, schema) for name, of in scores.items()}
         return {"figures": figures, "elbow": _inertia(vectors, [users for users in of_item.values() if len(users) > 5])}
 
-    spec = {"seed": seed, "epochs": epochs, "ways": ways, "window": window(examples)}
+    spec = {"seed": seed, "ways": ways, "configs": configs(epochs), "window": window(examples)}
     return once(folder, "offline", spec, MODULES, measured, again)
 
 
@@ -362,7 +370,7 @@ def audience(
         day = Day(world, split, schema, vectors, training.item_vectors(tower, _all(schema)), scorer)
         return {way: day.live(requests, way) for way in LIVED}
 
-    spec = {"seed": seed, "epochs": epochs, "requests": requests, "window": window(examples)}
+    spec = {"seed": seed, "configs": configs(epochs), "requests": requests, "window": window(examples)}
     return once(folder, "audience", spec, MODULES, measured, again)
 
 
