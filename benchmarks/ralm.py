@@ -126,7 +126,7 @@ def main() -> None:
     calls = [(examples, figures, seed, size.epochs, size.ways, again) for seed in seeds]
     # a single one is of this process: the audience asks for the same tower
     found = [offline(*calls[0])] if quick else each(offline, calls, [f"seed {seed}" for seed in seeds])
-    rows = of_new_items(found, goals=not quick)
+    rows = of_new_items(found, most_seeds(examples), goals=not quick)
     shown = audience(simulated, figures, size.world, 1, size.epochs, size.requests, again)
     rows += with_audience(shown, goals=not quick)
     rows += speed(size.repeats, size.clustered)
@@ -285,6 +285,19 @@ def judge(scores: np.ndarray, split: Split, schema: Schema) -> dict[str, float]:
     return {"auc": metrics.auc(labels, scores[rows, columns]), **found}
 
 
+def most_seeds(examples: Path) -> dict[str, float]:
+    """The figures of young items in the order of how many seeds they have, alike for everybody."""
+    schema = Schema.load(examples / "schema")
+    split = Split.of(examples, schema)
+    counts = np.bincount(split.seeds.items, minlength=schema.size("item_id"))[split.young]
+    print(
+        f"{len(split.young)} young items with {np.median(counts):.0f} seeds in the median and {counts.max()} at most, "
+        f"{split.at.height} users who came after the cut",
+        flush=True,
+    )
+    return judge(np.tile(counts, (split.at.height, 1)), split, schema)
+
+
 def _regression(examples: Path, schema: Schema, split: Split) -> np.ndarray:
     """Logistic regression on the numbers of user and item, fitted before the cut: `[users who came, young items]`."""
     rows = read_slice(examples, "train")
@@ -322,14 +335,14 @@ def _inertia(vectors: np.ndarray, groups: Sequence[np.ndarray]) -> list[float]:
     return [apart / max(found[0], 1e-12) for apart in found]
 
 
-def of_new_items(found: Sequence[dict[str, Any]], goals: bool) -> list[Comparison]:
+def of_new_items(found: Sequence[dict[str, Any]], most: dict[str, float], goals: bool) -> list[Comparison]:
     """Prints the ways beside each other; the rows of the paper's margins."""
     names = list(found[0]["figures"])
-    columns: dict[str, Sequence[str | float]] = {"young items": names}
+    columns: dict[str, Sequence[str | float]] = {"young items": [*names, "most seeds"]}
     for measure in MEASURES:
         values = {name: [one["figures"][name][measure] for one in found] for name in names}
-        columns[measure] = [statistics.mean(values[name]) for name in names]
-        columns[f"± {measure}"] = [_margin(values[name]) for name in names]
+        columns[measure] = [*(statistics.mean(values[name]) for name in names), most[measure]]
+        columns[f"± {measure}"] = [*(_margin(values[name]) for name in names), ""]
     show_columns(f"Items that appeared last, after the cut; means of {len(found)} seeds, ± a 95 % interval", columns)
 
     def against(peer: str, goal: float) -> Comparison:
