@@ -32,23 +32,29 @@ CONFIG = youtube_dnn.Config(
 
 
 class Clock(keras.callbacks.Callback):
-    """The time and the loss of each step."""
+    """The time and the loss of steps, which may be several a call."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.steps = [0]
         self.ends = [time.perf_counter()]
-        self.losses: list[float] = []
+        self.losses = [0.0]
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self.steps.append(min(batch + 1, self.params["steps"]))  # the last call may be of fewer steps than it says
         self.ends.append(time.perf_counter())
         self.losses.append(float((logs or {})["loss"]))
 
     def result(self, warm_up: int) -> dict[str, Any]:
-        # Keras reports the mean since the epoch's start
-        sums = np.array(self.losses) * np.arange(1, len(self.losses) + 1)
-        last = min(10, len(sums) - 1)
-        milliseconds = 1000 * np.diff(self.ends)
-        return {"milliseconds": milliseconds[warm_up:].tolist(), "loss": float(sums[-1] - sums[-1 - last]) / last}
+        """Milliseconds of a step of each call after the warm-up, and the mean loss of the last ten steps or more."""
+        steps = np.array(self.steps)
+        sums = np.array(self.losses) * steps  # Keras reports the mean since the epoch's start
+        before = max(int(np.searchsorted(steps, steps[-1] - 10, side="right")) - 1, 0)
+        milliseconds = 1000 * np.diff(self.ends) / np.diff(steps)
+        return {
+            "milliseconds": milliseconds[steps[:-1] >= warm_up].tolist(),
+            "loss": float(sums[-1] - sums[before]) / int(steps[-1] - steps[before]),
+        }
 
 
 def schema_of(made: Made) -> Schema:

@@ -16,6 +16,8 @@ from typing import Any
 
 import keras
 
+from penstock import backends
+
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
@@ -135,8 +137,13 @@ def of_chief(figures: Mapping[str, float]) -> dict[str, float]:
 class Model(keras.Model):
     """A model that trains on any number of devices; its `compute_loss` returns a `share` of the batch's.
 
-    Keras's trainer does the steps. What it cannot do with several workers is done here: both are held by a test.
+    Keras's trainer does the steps, several of them a call where there is one replica. What it cannot do with several
+    workers is done here: both are held by a test.
     """
+
+    def compile(self, *args: Any, **settings: Any) -> None:
+        at_once = backends.STEPS_AT_ONCE if replicas() == 1 else 1
+        super().compile(*args, **{"steps_per_execution": at_once, **settings})
 
     def _maybe_symbolic_build(self, *args: Any, **kwargs: Any) -> None:
         # Keras would reduce a batch over the workers to see its shapes, and a batch of several inputs cannot be

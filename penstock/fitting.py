@@ -153,10 +153,11 @@ class _Progress(keras.callbacks.Callback):
         if now - self._said < PROGRESS_SECONDS:
             return
         self._said = now
-        each = (now - self._started) / (batch + 1)
+        done = min(batch + 1, self._steps)  # the last call of several steps may be of fewer than Keras says
+        each = (now - self._started) / done
         print(
-            f"{self._title}  step {batch + 1}/{self._steps}  loss {(logs or {}).get('loss', 0.0):.4f}"
-            f"  {self._batch_size / each:,.0f} rows/s  {each * (self._steps - batch - 1):.0f} s left",
+            f"{self._title}  step {done}/{self._steps}  loss {(logs or {}).get('loss', 0.0):.4f}"
+            f"  {self._batch_size / each:,.0f} rows/s  {each * (self._steps - done):.0f} s left",
             flush=True,
         )
 

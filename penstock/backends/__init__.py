@@ -25,6 +25,7 @@ import keras
 if keras.config.backend() == "tensorflow":
     from penstock.backends.tensorflow import (
         FIXED_SHAPES,
+        STEPS_AT_ONCE,
         at,
         compiled,
         cut,
@@ -47,6 +48,7 @@ if keras.config.backend() == "tensorflow":
 elif keras.config.backend() == "jax":
     from penstock.backends.jax import (
         FIXED_SHAPES,
+        STEPS_AT_ONCE,
         at,
         compiled,
         cut,
@@ -71,6 +73,7 @@ else:
 
 __all__ = [
     "FIXED_SHAPES",
+    "STEPS_AT_ONCE",
     "at",
     "compiled",
     "cut",

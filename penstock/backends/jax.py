@@ -16,6 +16,8 @@ jax.config.update("jax_enable_x64", True)  # times are int64, in milliseconds; f
 
 FIXED_SHAPES = True
 
+STEPS_AT_ONCE = 1
+
 _EXCLUDED = -1e9
 
 _ROWS = 64

@@ -12,6 +12,9 @@ import tensorflow as tf
 FIXED_SHAPES = False
 """Whether all shapes are, so that XLA compiles what is here."""
 
+STEPS_AT_ONCE = 10
+"""So many steps are one call of a graph: what Keras does between two takes an eighth of a rank model's step."""
+
 _ROWS = 64
 """So many rows of logits are held at once at least."""
 
