@@ -46,13 +46,13 @@ class Clock(keras.callbacks.Callback):
         self.losses.append(float((logs or {})["loss"]))
 
     def result(self, warm_up: int) -> dict[str, Any]:
-        """Milliseconds of a step of each call after the warm-up, and the mean loss of the last ten steps or more."""
+        """Milliseconds of each step after the warm-up, alike in a call; the mean loss of the last ten steps or more."""
         steps = np.array(self.steps)
         sums = np.array(self.losses) * steps  # Keras reports the mean since the epoch's start
         before = max(int(np.searchsorted(steps, steps[-1] - 10, side="right")) - 1, 0)
-        milliseconds = 1000 * np.diff(self.ends) / np.diff(steps)
+        milliseconds = np.repeat(1000 * np.diff(self.ends) / np.diff(steps), np.diff(steps))
         return {
-            "milliseconds": milliseconds[steps[:-1] >= warm_up].tolist(),
+            "milliseconds": milliseconds[warm_up:].tolist(),
             "loss": float(sums[-1] - sums[before]) / int(steps[-1] - steps[before]),
         }
 
