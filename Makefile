@@ -159,7 +159,7 @@ bench-sequence-speed: $(READY) $(TORCH)
 bench-sparse-experts: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.sparse_experts $(if $(QUICK),--quick)
 
-# The position tower on ten simulated logs whose truth is known, in about an hour; QUICK=1 is a smaller form.
+# Both position towers on twenty simulated logs whose truth is known, in about an hour; QUICK=1 is a smaller form.
 position-trials: $(READY)
 	@$(BIN)/python -W ignore -m benchmarks.position $(if $(QUICK),--quick) $(if $(AGAIN),--again)
 

@@ -202,8 +202,12 @@ def known(examples: Path, seed: int, epochs: int) -> Known:
 def configs(epochs: int) -> dict[str, Any]:
     """What each model is trained with, whatever else of it changes by default one day."""
     towers = {name: penstock.config(penstock.module("recall", name), {"epochs": epochs}) for name in TOWERS}
-    heads = {way: replace(config, epochs=min(epochs, config.epochs)) for way, config in WAYS.items() if config}
+    heads = {way: _settings(config, epochs) for way, config in WAYS.items() if config}
     return {name: asdict(config) for name, config in {**towers, **heads}.items()}
+
+
+def _settings(config: Config, epochs: int) -> Config:
+    return replace(config, epochs=min(epochs, config.epochs))
 
 
 def _trained(examples: Path, name: str, seed: int, epochs: int) -> Retrieval:
@@ -218,8 +222,7 @@ def scorer_of(examples: Path, seed: int, epochs: int, config: Config) -> Scorer:
     schema, split, _, vectors = known(examples, seed, epochs)
     later = split.liked_later(schema)
     old = ~np.isin(later.items, split.young)
-    settings = replace(config, epochs=min(epochs, config.epochs))
-    return train(vectors, split.seeds, Liked(*(part[old] for part in later)), settings, seed)[0]
+    return train(vectors, split.seeds, Liked(*(part[old] for part in later)), _settings(config, epochs), seed)[0]
 
 
 def offline(examples: Path, folder: Path, seed: int, epochs: int, ways: tuple[str, ...], again: bool) -> dict[str, Any]:

@@ -292,7 +292,7 @@ class Ranking(distribution.Model):
             outputs = head(self.towers[task](_of(task, shared), training=training))
             mean = outputs[:, 0]
             if self.position_bias is not None and effect is not None:
-                of_task = effect[:, min(place, effect.shape[1] - 1)]
+                of_task = self.position_bias.of_task(effect, place)
                 # the odds of watch time are the expected seconds: a factor of these is a term of the logit
                 mean = mean + of_task if task == WATCH_TIME else self.position_bias.applied(mean, of_task)
             found[task] = Head(mean, bounded(outputs[:, 1]) if self.config.variance else None)
@@ -350,7 +350,7 @@ class Ranking(distribution.Model):
         """
         passes = self.config.passes
         repeated = {name: ops.concatenate([value] * passes) for name, value in inputs.items()} if passes else inputs
-        shared = self.shared({tensor.name: repeated[tensor.name] for tensor in self.shared.inputs}, training=passes > 0)
+        shared = self.call(repeated, training=passes > 0)
         heads = self.heads_of(shared, training=passes > 0, effect=self.effect(repeated))
         found: dict[str, Any] = {}
         for task, head in heads.items():

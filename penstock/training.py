@@ -110,10 +110,12 @@ def train_rank(
         model = _build_rank(module, config, schema, _mean_seconds(targets["train"]))
     inputs = {part: _encoded(model.shared, rows[part], schema) for part in rows}
     check(inputs["train"], {task: values for task, values in targets["train"].items() if task in BINARY})
-    seen = inputs
+    validation = shown = Rows(inputs["validation"], (), SCORED)
     if model.position_bias is not None:
-        seen = {part: inputs[part] | {POSITION: _positions(rows[part])} for part in rows}
-        model.position_bias.adapt(seen["train"][POSITION], seen["train"]["device"])
+        inputs["train"][POSITION] = _positions(rows["train"])
+        model.position_bias.adapt(inputs["train"][POSITION], inputs["train"]["device"])
+        # epochs are told apart where rows were shown: what is served is of no place, and to be near it is not learnt
+        shown = Rows(inputs["validation"] | {POSITION: _positions(rows["validation"])}, (), SCORED)
     if config.pretrained != "none":
         from penstock import pretraining  # learns on TensorFlow
 
@@ -130,18 +132,17 @@ def train_rank(
         for table in tables:
             table.table.assign(vectors)
             table.trainable = not config.frozen
-    train = Rows(seen["train"], targets["train"], config.batch_size)
+    train = Rows(inputs["train"], targets["train"], config.batch_size)
     model.compile(_optimizer("adam", config, train))
     history = fit(
         model,
         train,
-        # of rows where they were shown: what is served is of no place, and to be near it is not what is learnt
-        _log_losses(model, Rows(seen["validation"], (), SCORED), targets["validation"]),
+        _log_losses(model, shown, targets["validation"]),
         config.settings,
         seed,
         _checkpoint(checkpoint, examples, name, config, seed),
     )
-    predicted = _predicted(model.uncalibrated, Rows(inputs["validation"], (), SCORED))
+    predicted = _predicted(model.uncalibrated, validation)
     calibrators = {
         task: _calibrator(task, targets["validation"][task], predicted[task], config) for task in config.tasks
     }

@@ -37,6 +37,10 @@ class Examination(PositionBias):
     ) -> None:
         super().__init__(positions, devices, 1, dropout, seed, **kwargs)
 
+    def of_task(self, effect: Any, task: int) -> Any:
+        """The same log e for all, `[batch]`."""
+        return effect[:, 0]
+
     def applied(self, logits: Any, effect: Any) -> Any:
         """The logits of e σ(r), `[batch]`, of r and log e: `log e − log(1 − e + exp(−r))`."""
         missed = ops.log(ops.maximum(-ops.expm1(effect), LEAST_MISSED))

@@ -90,6 +90,10 @@ class PositionBias(keras.layers.Layer):
         at_place = ops.take(ops.reshape(curves, (-1, self.tasks)), place, axis=0)
         return ops.where(known[:, None], at_place, ops.take(self._missing(curves), device, axis=0))
 
+    def of_task(self, effect: Any, task: int) -> Any:
+        """What a call gave for one of the tasks, by its place among them: `[batch]`."""
+        return effect[:, task]
+
     def applied(self, logits: Any, effect: Any) -> Any:
         """The logits of a task at the places of an effect, `[batch]` both: their sum."""
         return logits + effect
