@@ -140,7 +140,8 @@ def _serving(home: Path) -> Iterator[tuple[httpx.Client, str]]:
 
 def _leave_vectors_as_they_are() -> Scorer:
     same, nothing = np.eye(serving_home.DIM, dtype=np.float32), np.zeros((serving_home.DIM, 1), np.float32)
-    return Scorer(same, nothing[:, 0], nothing, nothing[0], same, np.array(0.3, np.float32), np.array(0.7, np.float32))
+    alpha, beta, prior = (np.array(value, np.float32) for value in (0.3, 0.7, 0.0))
+    return Scorer(same, nothing[:, 0], nothing, nothing[0], same, alpha, beta, nothing[:, 0], prior)
 
 
 def _users(home: Path, address: str, count: int) -> tuple[np.ndarray, np.ndarray]:

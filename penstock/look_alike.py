@@ -4,14 +4,18 @@ Liu et al., "Real-time Attention based Look-alike Model for Recommender System",
 recall model's query tower, reduced to k centroids. With `e(x) = A x + b` for both sides, as a user is a user on either:
 
     E_s = e(centroids)  [k, h],   e_u = e(u)  [h]
-    global = a E_s      a = softmax(W₂ tanh(W₁ E_sᵀ))          self-attention: what the seeds have in common
-    local  = l E_s      l = softmax(tanh(E_s W_l e_u))         those of the seeds that are like this user
+    global = a E_s      a = softmax(log n + W₂ tanh(W₁ E_sᵀ))  self-attention: what the seeds have in common
+    local  = l E_s      l = softmax(log n + tanh(E_s W_l e_u)) those of the seeds that are like this user
     score  = α cos(e_u, global) + β cos(e_u, local)
+
+The paper's items have thousands of seeds; ours have three, of which two may be alike by chance. So, beyond the paper, a
+centroid weighs as much as the n seeds it stands for, and among those of every item is the mean of all users, who counts
+for λ: the fewer seeds, the less an item is told from any other.
 
 All of an item but `local` is known before anybody asks, so a table of `E_s` and `global` is enough to score live. It is
 a file that is replaced whole, of one release: vectors of another tower mean nothing in it.
 
-    HOME/look_alike/RELEASE/model.npz    A, b, W₁, W₂, W_l, α, β
+    HOME/look_alike/RELEASE/model.npz    A, b, W₁, W₂, W_l, α, β, λ and the mean user
     HOME/look_alike/RELEASE/table.npz    the items
 """
 
@@ -21,7 +25,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +37,9 @@ from penstock.durable import replace_file
 
 LEAST_SEEDS = 100
 """With fewer of its own an item is known by those of the items that are most like it, too."""
+
+LENT = 1.0
+"""What others lend weighs as much as so many seeds of the item's own, however many they are."""
 
 CENTROIDS = 20
 
@@ -49,7 +56,7 @@ class Clusters(NamedTuple):
 
     Attributes:
         centroids: the mean of each group, float32 `[groups, dim]`.
-        counts: its seeds, int64 `[groups]`, at least 1 each.
+        counts: what its seeds weigh, float64 `[groups]`.
         places: the group of each seed, int64 `[seeds]`.
     """
 
@@ -58,10 +65,13 @@ class Clusters(NamedTuple):
     places: np.ndarray
 
 
-def cluster(vectors: np.ndarray, k: int = CENTROIDS, seed: int = 0) -> Clusters:
+def cluster(vectors: np.ndarray, k: int = CENTROIDS, seed: int = 0, weights: np.ndarray | None = None) -> Clusters:
     """k-means of seeds `[seeds, dim]` (Lloyd 1982; above `FEW` in mini-batches, Sculley 2010); k or fewer groups.
 
     Where no more than k of the seeds differ, each that does is a group.
+
+    Args:
+        weights: above 0, `[seeds]`; 1 each if None.
 
     Raises:
         LookAlikeError: no seeds, or a vector that is not finite.
@@ -77,10 +87,12 @@ def cluster(vectors: np.ndarray, k: int = CENTROIDS, seed: int = 0) -> Clusters:
         settings: dict[str, Any] = {"n_clusters": k, "n_init": 1, "random_state": seed}
         few = len(vectors) <= FEW
         means = KMeans(**settings, max_iter=50) if few else MiniBatchKMeans(**settings, batch_size=4096, max_iter=20)
-        _, places = np.unique(means.fit_predict(vectors), return_inverse=True)  # without groups that are empty
-    counts = np.bincount(places)
+        found = means.fit_predict(vectors, sample_weight=weights)
+        _, places = np.unique(found, return_inverse=True)  # without groups that are empty
+    weights = np.ones(len(vectors)) if weights is None else weights
+    counts = np.bincount(places, weights)
     sums = np.zeros((len(counts), vectors.shape[1]))
-    np.add.at(sums, places, vectors)
+    np.add.at(sums, places, weights[:, None] * vectors)
     return Clusters((sums / counts[:, None]).astype(np.float32), counts, places)
 
 
@@ -93,6 +105,7 @@ class Scorer:
         hidden, merge: W₁ `[h, units]` and W₂ `[units]` of the self-attention.
         local: W_l `[h, h]`, of a user on the left.
         alpha, beta: `[]`.
+        mean, prior: `e` of the mean user `[h]`, and how many seeds he counts for in every item `[]`.
     """
 
     kernel: np.ndarray
@@ -102,28 +115,35 @@ class Scorer:
     local: np.ndarray
     alpha: np.ndarray
     beta: np.ndarray
+    mean: np.ndarray
+    prior: np.ndarray
 
     def embed(self, vectors: np.ndarray) -> np.ndarray:
         """`e`: vectors of users `[…, dim]` → `[…, h]`."""
         return vectors.astype(np.float32) @ self.kernel + self.bias
 
-    def summarise(self, seeds: np.ndarray, present: np.ndarray) -> np.ndarray:
-        """`global` of items: E_s `[…, k, h]`, of which those are there that `present` says `[…, k]` → `[…, h]`."""
+    def summarise(self, seeds: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """`global` of items: E_s `[…, k, h]`, each of so many seeds `[…, k]`, 0 of one that is not there → `[…, h]`."""
+        shape = (*seeds.shape[:-2], 1, seeds.shape[-1])
+        seeds = np.concatenate([seeds, np.broadcast_to(self.mean, shape)], axis=-2)
+        counts = np.concatenate([counts, np.broadcast_to(self.prior, shape[:-1])], axis=-1)
         scores = np.tanh(seeds @ self.hidden) @ self.merge
-        return np.einsum("...k,...kh->...h", _softmax(np.where(present, scores, -np.inf)), seeds)
+        weights = counts * np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return np.einsum("...k,...kh->...h", weights / weights.sum(axis=-1, keepdims=True), seeds)
 
-    def score(self, vector: np.ndarray, seeds: np.ndarray, present: np.ndarray, summaries: np.ndarray) -> np.ndarray:
+    def score(self, vector: np.ndarray, seeds: np.ndarray, counts: np.ndarray, summaries: np.ndarray) -> np.ndarray:
         """The score of a user `[dim]` for items, `[items]`.
 
         Args:
-            seeds, present, summaries: E_s `[items, k, h]`, `[items, k]`, `global` `[items, h]`.
+            seeds, counts, summaries: E_s `[items, k, h]`, `[items, k]`, `global` `[items, h]`.
         """
         user = self.embed(vector)
         asked = user @ self.local
         weights = np.tanh((seeds.reshape(-1, seeds.shape[2]) @ asked).reshape(seeds.shape[:2]))
         # tanh is within ±1: no shift is needed, nor the sum, as the cosine asks for the direction alone
-        weights = np.where(present, np.exp(weights), 0.0).astype(np.float32)
+        weights = counts * np.exp(weights)
         local = np.matmul(weights[:, None, :], seeds)[:, 0]
+        local += self.prior * np.exp(np.tanh(self.mean @ asked)) * self.mean
         return self.alpha * _cosine(summaries, user) + self.beta * _cosine(local, user)
 
     @property
@@ -143,13 +163,7 @@ class Scorer:
             OSError: there is none.
             LookAlikeError: it is of another tower, or damaged.
         """
-        stored = _load(path, tower)
-        return Scorer(**{field.name: stored[field.name] for field in fields(Scorer)})
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+        return Scorer(**_taken(_load(path, tower), path, fields(Scorer)))
 
 
 def _cosine(vectors: np.ndarray, user: np.ndarray) -> np.ndarray:
@@ -163,28 +177,30 @@ class Item:
     """What the table holds of one item.
 
     Attributes:
-        seeds, present: E_s `[k, h]` and which of them there are `[k]`.
+        seeds, counts: E_s `[k, h]` and of how many seeds each is, float32 `[k]`, 0 of one that is not there.
         summary: `global`, `[h]`.
         own: how many seeds the item has of its own; below `LEAST_SEEDS` it is known by those of others too.
     """
 
     seeds: np.ndarray
-    present: np.ndarray
+    counts: np.ndarray
     summary: np.ndarray
     own: int
 
 
 def item_of(vectors: np.ndarray, own: int, scorer: Scorer, k: int = CENTROIDS) -> Item:
-    """An item by the vectors of its seeds `[seeds, dim]`.
+    """An item by the vectors of its seeds `[seeds, dim]`, the first of which are its own and the rest lent.
 
     Raises:
         LookAlikeError: as `cluster`.
     """
-    found = scorer.embed(cluster(vectors, k).centroids)
-    seeds = np.zeros((k, found.shape[1]), np.float32)
-    present = np.arange(k) < len(found)
-    seeds[: len(found)] = found
-    return Item(seeds, present, scorer.summarise(seeds, present).astype(np.float32), own)
+    lent = len(vectors) - own
+    weights = np.repeat([1.0, LENT / max(lent, 1)], [own, lent]) if lent else None
+    groups = cluster(vectors, k, weights=weights)
+    found = scorer.embed(groups.centroids)
+    seeds, counts = np.zeros((k, found.shape[1]), np.float32), np.zeros(k, np.float32)
+    seeds[: len(found)], counts[: len(found)] = found, groups.counts
+    return Item(seeds, counts, scorer.summarise(seeds, counts).astype(np.float32), own)
 
 
 @dataclass(frozen=True)
@@ -196,7 +212,7 @@ class Table:
         version: one more each time it is published.
         sequence: the last record of the feedback that is in it.
         ids: int64 `[items]`.
-        seeds, present, summaries, own: of `Item`, with a first dimension `[items]`.
+        seeds, counts, summaries, own: of `Item`, with a first dimension `[items]`.
     """
 
     release: int
@@ -206,7 +222,7 @@ class Table:
     scorer: Scorer
     ids: np.ndarray
     seeds: np.ndarray
-    present: np.ndarray
+    counts: np.ndarray
     summaries: np.ndarray
     own: np.ndarray
 
@@ -215,7 +231,7 @@ class Table:
         """The table of some items."""
         ids = sorted(items)
         h = len(scorer.bias)
-        k = len(items[ids[0]].present) if ids else CENTROIDS
+        k = len(items[ids[0]].counts) if ids else CENTROIDS
 
         def stacked(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             return np.array([getattr(items[item], name) for item in ids], dtype).reshape(len(ids), *shape)
@@ -228,14 +244,14 @@ class Table:
             scorer,
             np.array(ids, np.int64),
             stacked("seeds", (k, h), np.float32),
-            stacked("present", (k,), bool),
+            stacked("counts", (k,), np.float32),
             stacked("summary", (h,), np.float32),
             stacked("own", (), np.int64),
         )
 
     def items(self) -> dict[int, Item]:
         """Each item by its id."""
-        rows = zip(self.ids.tolist(), self.seeds, self.present, self.summaries, self.own.tolist(), strict=True)
+        rows = zip(self.ids.tolist(), self.seeds, self.counts, self.summaries, self.own.tolist(), strict=True)
         return {item: Item(*row) for item, *row in rows}
 
     def best(self, vector: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -246,7 +262,7 @@ class Table:
         """
         if vector.shape != self.scorer.kernel.shape[:1] or not np.isfinite(vector).all():
             raise LookAlikeError(f"a user is {len(self.scorer.kernel)} finite numbers, not {vector.shape}")
-        scores = self.scorer.score(vector, self.seeds, self.present, self.summaries)
+        scores = self.scorer.score(vector, self.seeds, self.counts, self.summaries)
         scores[np.isin(self.ids, exclude)] = -np.inf
         best = np.argsort(-scores, kind="stable")[:k]
         best = best[np.isfinite(scores[best])]
@@ -270,11 +286,12 @@ class Table:
         """
         path = table_path(home, release)
         stored = _load(path, tower)
-        scorer = Scorer(**{field.name: stored[f"scorer_{field.name}"] for field in fields(Scorer)})
-        if int(stored["release"]) != release:
-            raise LookAlikeError(f"{path} is of release {int(stored['release'])}")
-        version, sequence = int(stored["version"]), int(stored["sequence"])
-        arrays = (stored[name] for name in ("ids", "seeds", "present", "summaries", "own"))
+        scorer = Scorer(**_taken(stored, path, fields(Scorer), "scorer_"))
+        found = _taken(stored, path, [field for field in fields(Table) if field.name != "scorer"])
+        if int(found["release"]) != release:
+            raise LookAlikeError(f"{path} is of release {int(found['release'])}")
+        version, sequence = int(found["version"]), int(found["sequence"])
+        arrays = (found[name] for name in ("ids", "seeds", "counts", "summaries", "own"))
         return Table(release, tower, version, sequence, scorer, *arrays)
 
 
@@ -317,6 +334,15 @@ def _load(path: Path, tower: str) -> dict[str, np.ndarray]:
     if other != tower:
         raise LookAlikeError(f"{path} is of another query tower than the release's")
     return found
+
+
+def _taken(
+    stored: Mapping[str, np.ndarray], path: Path, of: Sequence[Field[Any]], prefix: str = ""
+) -> dict[str, np.ndarray]:
+    lacking = [field.name for field in of if prefix + field.name not in stored]
+    if lacking:
+        raise LookAlikeError(f"{path} was written by another version of Penstock: it has no {', '.join(lacking)}")
+    return {field.name: stored[prefix + field.name] for field in of}
 
 
 class Content:

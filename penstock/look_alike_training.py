@@ -2,7 +2,8 @@
 
 A pair (user, item) is an example whose item is all its other seeds: the user is taken out of the mean that he is in,
 `(n c − u) / (n − 1)`, and a group that was only he is gone. Without that a model finds the user among the seeds, says
-so, and learns nothing.
+so, and learns nothing. One seed, drawn by chance, is taken out of each item that he did not like too: else a seed less
+than an item has would tell what he likes.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from penstock import metrics, optimizers
 from penstock.evaluation import query_vectors
 from penstock.examples import read_slice
 from penstock.fitting import Measure, Rows, Settings, TrainingError, fit
-from penstock.layers.attention import MultiplicativeScores, attend
-from penstock.layers.attention_merge import AttentionMerge
+from penstock.layers.attention import MultiplicativeScores
+from penstock.layers.attention_merge import AttentionMerge, attend_counted
 from penstock.look_alike import CENTROIDS, Scorer, cluster
 from penstock.seeds import LIKED
 
@@ -35,15 +36,17 @@ class Config:
 
     Attributes:
         centroids: k, what the seeds of an item are reduced to.
+        prior: λ, how many seeds the mean user counts for in every item.
         dim: h, the size of `e`.
         attention: units of the self-attention over the seeds.
         alpha, beta: weights of the global and the local embedding; of 0 the part is left out.
         learn_weights: they are learned from there.
-        negatives: items that the user did not like, for each that he did, drawn as often as they are liked.
+        negatives: items that the user did not like, for each that he did.
         positives_per_user: so many of the items of a user at most are examples.
     """
 
     centroids: int = CENTROIDS
+    prior: float = 30.0
     dim: int = 32
     attention: int = 32
     alpha: float = 0.3
@@ -106,19 +109,28 @@ class Groups(NamedTuple):
 
 
 class LookAlike(keras.layers.Layer):
-    """The model: users `[batch, dim]` and centroids `[batch, items, k, dim]` with which of them there are → scores.
+    """The model: users `[batch, dim]` and centroids `[batch, items, k, dim]` of so many seeds each → scores.
 
     `[batch, items]`, by the equations of `penstock.look_alike`.
+
+    Args:
+        mean: of all users, `[dim]`.
+
+    Raises:
+        ValueError: a prior below 0.
     """
 
-    def __init__(self, config: Config, **kwargs: Any) -> None:
+    def __init__(self, config: Config, mean: np.ndarray, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if not 0 <= config.prior < np.inf:
+            raise ValueError(f"prior is how many seeds the mean user counts for, 0 or more, not {config.prior}")
         self.transform = keras.layers.Dense(config.dim)
         self.merge = AttentionMerge(config.attention)
         self.local = MultiplicativeScores()
         self._config = config
+        self._mean = np.asarray(mean, np.float32)
 
-    def build(self, users_shape: Any, centroids_shape: Any, present_shape: Any = None) -> None:
+    def build(self, users_shape: Any, centroids_shape: Any, counts_shape: Any = None) -> None:
         h = self._config.dim
         self.transform.build((None, users_shape[-1]))
         self.merge.build((None, None, h))
@@ -128,11 +140,15 @@ class LookAlike(keras.layers.Layer):
         self.alpha = self.add_weight((), start(self._config.alpha), trainable=learnt, name="alpha")
         self.beta = self.add_weight((), start(self._config.beta), trainable=learnt, name="beta")
 
-    def call(self, users: Any, centroids: Any, present: Any) -> Any:
-        users, seeds = self.transform(users)[:, None], self.transform(centroids)
+    def call(self, users: Any, centroids: Any, counts: Any) -> Any:
+        batch, items, _ = ops.shape(counts)
+        mean = ops.broadcast_to(self._mean, (batch, items, 1, len(self._mean)))
+        seeds = self.transform(ops.concatenate([centroids, mean], axis=2))
+        counts = ops.concatenate([counts, ops.full((batch, items, 1), self._config.prior)], axis=2)
+        users = self.transform(users)[:, None]
         likeness = ops.tanh(self.local(users[:, None], seeds))
-        local = attend(likeness, seeds, present)[..., 0, :]
-        return self.alpha * _cosine(self.merge(seeds, present), users) + self.beta * _cosine(local, users)
+        local = attend_counted(likeness, seeds, counts)[..., 0, :]
+        return self.alpha * _cosine(self.merge(seeds, counts), users) + self.beta * _cosine(local, users)
 
     def scorer(self) -> Scorer:
         """What scores with these weights."""
@@ -144,6 +160,8 @@ class LookAlike(keras.layers.Layer):
             self.local.kernel,
             self.alpha,
             self.beta,
+            self.transform(self._mean[None])[0],
+            self._config.prior,
         )
         return Scorer(*(np.asarray(weight, np.float32) for weight in weights))
 
@@ -157,17 +175,18 @@ def _unit(vectors: Any) -> Any:
 
 
 class PairTrainer(keras.Model):
-    """The model on pairs: `user` `[batch]`, `items` `[batch, 1 + negatives]`, the first of which he likes, and `place`.
+    """The model on pairs: `user` `[batch]` and `items` `[batch, 1 + negatives]`, the first of which he likes.
 
-    `place` `[batch]` is the group of that item that he is in, −1 for none. The loss is the log loss of
-    `σ(γ score + δ)`, γ and δ learned, over the items that the target `[batch, 1 + negatives]` is 1 of.
+    `seed` and `place` `[batch, 1 + negatives]` are the user who is taken out of each item's seeds and the group that he
+    is in, −1 for none. The loss is the log loss of `σ(γ score + δ)`, γ and δ learned, over the items that the target
+    `[batch, 1 + negatives]` is 1 of.
     """
 
     def __init__(self, vectors: np.ndarray, groups: Groups, config: Config) -> None:
         super().__init__()
         self._vectors = tf.constant(vectors, tf.float32)
         self._sums, self._counts = tf.constant(groups.sums), tf.constant(groups.counts)
-        self.look_alike = LookAlike(config)
+        self.look_alike = LookAlike(config, vectors.mean(axis=0))
         self.look_alike.build((None, vectors.shape[1]), None)
         # a cosine's sigmoid reaches from .27 to .73 only
         self.scale = self.add_weight((), keras.initializers.Constant(5.0), name="scale")
@@ -178,13 +197,11 @@ class PairTrainer(keras.Model):
     def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
         users = tf.gather(self._vectors, inputs["user"])
         sums, counts = tf.gather(self._sums, inputs["items"]), tf.gather(self._counts, inputs["items"])
-        own = tf.one_hot(inputs["place"], tf.shape(counts)[2])
-        first = tf.one_hot(0, tf.shape(counts)[1])
-        taken = first[None, :, None] * own[:, None, :]
-        counts = counts - taken
-        sums = sums - taken[..., None] * users[:, None, None, :]
+        out = tf.one_hot(inputs["place"], tf.shape(counts)[2])
+        taken = tf.gather(self._vectors, tf.maximum(inputs["seed"], 0))
+        counts, sums = counts - out, sums - out[..., None] * taken[:, :, None, :]
         centroids = sums / tf.maximum(counts, 1.0)[..., None]
-        return self.look_alike(users, centroids, counts > 0.5)
+        return self.look_alike(users, centroids, counts)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -194,15 +211,24 @@ class PairTrainer(keras.Model):
         return tf.reduce_sum(losses * y) / tf.reduce_sum(y)
 
 
+class Seeds(NamedTuple):
+    """Who is a seed of what, and in which of the item's groups, int32 `[pairs]` each."""
+
+    users: np.ndarray
+    items: np.ndarray
+    places: np.ndarray
+
+
 def pairs(
-    liked: Liked, known: Liked, places: np.ndarray | None, candidates: np.ndarray, config: Config, seed: int
+    liked: Liked, known: Liked, seeds: Seeds | None, candidates: np.ndarray, config: Config, seed: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Examples: each pair of `liked`, with items that the user does not like drawn uniformly from `candidates`.
 
     Args:
         known: all that anybody is known to like, from which no negative is drawn.
-        places: of the pairs of `liked`; none of a user who is no seed.
-        candidates: items that have seeds, each as often as it is to be drawn.
+        seeds: those of the items, `liked` among them, of which each example takes one out of each of its items; None
+            if none of the users is a seed.
+        candidates: items that have seeds, int32 `[candidates]`.
 
     Returns:
         The inputs of a row each and the targets: 0 of a draw that the user does like, many times over.
@@ -224,11 +250,17 @@ def pairs(
     drawn = random.choice(candidates, (len(users), config.negatives))
     for _ in range(5):
         drawn = np.where(is_liked(drawn), random.choice(candidates, drawn.shape), drawn)
-    inputs = {
-        "user": users.astype(np.int32),
-        "items": np.concatenate([items[:, None], drawn], axis=1).astype(np.int32),
-        "place": np.full(len(users), -1, np.int32) if places is None else places[order].astype(np.int32),
-    }
+    asked = np.concatenate([items[:, None], drawn], axis=1).astype(np.int32)
+    out = place = np.full(asked.shape, -1, np.int32)
+    if seeds is not None:
+        by_item = np.lexsort((seeds.users, seeds.items))
+        of_item = seeds.items[by_item]
+        first, behind = (np.searchsorted(of_item, asked, side=side) for side in ("left", "right"))
+        chosen = random.integers(first, behind)
+        keys = of_item.astype(np.int64) * (int(seeds.users.max()) + 1) + seeds.users[by_item]
+        chosen[:, 0] = np.searchsorted(keys, items.astype(np.int64) * (int(seeds.users.max()) + 1) + users)
+        out, place = seeds.users[by_item][chosen], seeds.places[by_item][chosen]
+    inputs = {"user": users.astype(np.int32), "items": asked, "seed": out, "place": place}
     return inputs, np.concatenate([np.ones((len(users), 1), bool), ~is_liked(drawn)], axis=1).astype(np.float32)
 
 
@@ -253,7 +285,7 @@ def train(
     of_item = np.bincount(seeds.items, minlength=count)
     several = of_item[seeds.items] >= 2
     examples = Liked(seeds.users[several], seeds.items[several])
-    candidates = examples.items  # as often as they are liked: else a model learns who is liked by many, not by whom
+    candidates = np.unique(examples.items)  # as often as they are liked, what is seldom liked would never be wrong
     both = Liked.of(np.concatenate([seeds.users, later.users]), np.concatenate([seeds.items, later.items]))
     known = set(zip(seeds.users.tolist(), seeds.items.tolist(), strict=True))
     new = np.array([pair not in known for pair in zip(later.users.tolist(), later.items.tolist(), strict=True)], bool)
@@ -262,7 +294,7 @@ def train(
         raise TrainingError("look-alike learns from items that two or more users like, and others like later")
     keras.utils.set_random_seed(seed)
     groups = Groups.of(vectors, seeds, count, config.centroids, seed)
-    inputs, targets = pairs(examples, seeds, groups.places[several], candidates, config, seed)
+    inputs, targets = pairs(examples, seeds, Seeds(*seeds, groups.places), candidates, config, seed)
     model = PairTrainer(vectors, groups, config)
     rows = Rows(inputs, targets, config.batch_size)
     rate = keras.optimizers.schedules.PolynomialDecay(

@@ -19,7 +19,7 @@ import pytest
 from feature_repo.online import Online
 from penstock import release, routing
 from penstock.feedback import FeedbackLog
-from penstock.look_alike import LookAlikeError, Scorer, Table, model_path, table_path, tower_of
+from penstock.look_alike import LENT, LookAlikeError, Scorer, Table, model_path, table_path, tower_of
 from penstock.routing import Routing
 from penstock.seeds import SeedBuffer
 from serving import look_alike
@@ -40,7 +40,9 @@ def scorer() -> Scorer:
     """A model of the tiny recall models' two numbers that leaves them as they are."""
     ones = np.eye(2, dtype=np.float32)
     zeros = np.zeros((2, 1), np.float32)
-    return Scorer(ones, zeros[:, 0], zeros, zeros[0], ones, np.float32(0.3), np.float32(0.7))
+    return Scorer(
+        ones, zeros[:, 0], zeros, zeros[0], ones, np.float32(0.3), np.float32(0.7), zeros[:, 0], np.float32(0)
+    )
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def test_an_item_is_the_users_who_liked_it_as_the_release_sees_them(alike):
     give(alike, (KNOWN_USER, NEW[0]), (CROWD, NEW[0]))
     refreshed(alike)
     item = read(alike).items()[NEW[0]]
-    seeds = item.seeds[item.present]
+    seeds = item.seeds[item.counts > 0]
     assert sorted(seeds.tolist()) == [[1.0, 0.0], [1.0, 3.0]]
     assert item.own == 2
 
@@ -103,7 +105,7 @@ def test_users_of_whom_nothing_is_known_are_no_seeds(alike):
     refreshed(alike)
     items = read(alike).items()
     assert {1005, 1006}.isdisjoint(items)  # recall knows them, and nobody or one is too few
-    assert (items[1007].own, items[1007].present.sum()) == (2, 2)
+    assert (items[1007].own, items[1007].counts.sum()) == (2, 2)
     assert items[NEW[0]].own == 1
 
 
@@ -124,9 +126,9 @@ def test_a_new_item_with_few_seeds_is_known_by_items_like_it(alike):
     refreshed(alike)
     items = read(alike).items()
     assert items[NEW[0]].own == 1
-    assert items[NEW[0]].present.sum() == 2
+    assert sorted(items[NEW[0]].counts[:2].tolist()) == [LENT, 1]
     assert items[NEW[1]].own == 0
-    assert items[NEW[1]].present.sum() >= 1
+    assert items[NEW[1]].counts.sum() == LENT
     assert 1006 not in items  # recall knows it, and nobody liked it: nothing is borrowed
 
 
@@ -185,7 +187,7 @@ def test_runs_that_are_killed_leave_the_former_table_and_the_next_makes_the_righ
     folder = table_path(alike.home, 1).parent
     assert sorted(path.name for path in folder.iterdir()) == ["model.npz", "table.npz"]
     assert {1005, 1006} < set(never_killed.ids.tolist())
-    for name in ("version", "sequence", "ids", "seeds", "present", "summaries", "own"):
+    for name in ("version", "sequence", "ids", "seeds", "counts", "summaries", "own"):
         np.testing.assert_array_equal(getattr(read(alike), name), getattr(never_killed, name))
 
     with SeedBuffer(look_alike.buffer_path(tmp_path)) as buffer:
@@ -266,7 +268,7 @@ def test_what_look_alike_finds_is_ranked_and_said(alike):
         for item in (NEW[0], 1005):
             row = table.ids.tolist().index(item)
             (score,) = table.scorer.score(
-                np.array([1.0, 3.0]), table.seeds[[row]], table.present[[row]], table.summaries[[row]]
+                np.array([1.0, 3.0]), table.seeds[[row]], table.counts[[row]], table.summaries[[row]]
             )
             assert said[item]["look_alike_score"] == pytest.approx(score, rel=1e-5)
         assert said[NEW[0]]["recall_score"] is None
