@@ -126,12 +126,13 @@ def main() -> None:
     # a single one is of this process: the audience asks for the same tower
     found = [offline(*calls[0])] if quick else each(offline, calls, [f"seed {seed}" for seed in seeds])
     rows = of_new_items(found, most_seeds(examples), goals=not quick)
-    shown = audience(simulated, figures, size.world, 1, size.epochs, size.requests, again)
+    days = [(simulated, figures, size.world, seed, size.epochs, size.requests, again) for seed in seeds]
+    shown = [audience(*days[0])] if quick else each(audience, days, [f"audience, seed {seed}" for seed in seeds])
     rows += with_audience(shown, goals=not quick)
     rows += speed(size.repeats, size.clustered)
     rows += at_work(ralm_live.live(folder, size.live), size.live.items)
     show("Look-alike", rows)
-    say_former([*found, shown])
+    say_former([*found, *shown])
     print(f"written: {write('ralm-quick' if quick else 'ralm', rows)}, {elbow(found, folder)}")
 
 
@@ -399,7 +400,7 @@ def audience(
         schema, split, tower, vectors = known(examples, seed, epochs)
         scorer = scorer_of(examples, seed, epochs, Config())
         day = Day(world, split, schema, vectors, training.item_vectors(tower, _all(schema)), scorer)
-        return {way: day.live(requests, way) for way in LIVED}
+        return {way: day.live(requests, way, seed) for way in LIVED}
 
     spec = {"seed": seed, "configs": configs(epochs), "requests": requests, "window": window(examples)}
     return once(folder, "audience", spec, MODULES, measured, again)
@@ -457,9 +458,9 @@ class Day:
             for item in np.unique(split.seeds.items)
         }
 
-    def live(self, count: int, way: str) -> dict[str, float]:
+    def live(self, count: int, way: str, seed: int) -> dict[str, float]:
         """What came of `count` requests, what is new explored in a way of `LIVED`."""
-        random = np.random.default_rng(0)
+        random = np.random.default_rng(seed)
         liked: dict[int, list[int]] = {int(item): [] for item in self.new}
         seen: dict[int, set[int]] = {}
         exposures = np.zeros(len(self.topic), int)
@@ -530,15 +531,31 @@ class Day:
         return Table.of(1, "", 1, 0, self.scorer, items)
 
 
-def with_audience(found: dict[str, dict[str, float]], goals: bool) -> list[Comparison]:
-    """Rows of RALM's day beside the others; the goals are those of a day without look-alike."""
+def with_audience(found: Sequence[dict[str, dict[str, float]]], goals: bool) -> list[Comparison]:
+    """Prints the days beside each other; rows of RALM's beside the others, whose goals are those of recall alone."""
+    measures = list(found[0]["RALM"])
+    columns: dict[str, Sequence[str | float]] = {"": measures}
+    for way in LIVED:
+        values = [[one[way][measure] for one in found] for measure in measures]
+        columns[way] = [statistics.mean(of) for of in values]
+        columns[f"± {way}"] = [_margin(of) for of in values]
+    show_columns(f"The day after the log; means of {len(found)} seeds, ± a 95 % interval", columns)
     least = {"click rate": 1.0, "share of exposures in the tail": 1.09} if goals else {}
+
+    def mean(way: str, measure: str) -> float:
+        return statistics.mean(one[way][measure] for one in found)
+
     return [
         Comparison(
-            measure, ours, found[peer][measure], peer, "", at_least=least.get(measure) if peer == LIVED[0] else None
+            measure,
+            mean("RALM", measure),
+            mean(peer, measure),
+            peer,
+            "",
+            at_least=least.get(measure) if peer == LIVED[0] else None,
         )
         for peer in LIVED[:2]
-        for measure, ours in found["RALM"].items()
+        for measure in measures
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,24 +81,21 @@ def item_item(examples: Path, queries: pl.DataFrame, k: int) -> np.ndarray:
     step = max(1, _CELLS // len(ids))
     for start in range(0, len(lists), step):
         part = asked[start : start + step]
-        scores = (part @ near).toarray()
-        scores[part.nonzero()] = 0.0
-        best = _best(scores, k)
-        found = np.where(np.take_along_axis(scores, best, axis=1) > 0, ids[best], -1)
-        ranked[start : start + step, : found.shape[1]] = found
+        scores = part @ near
+        scores = scores - scores.multiply(part)  # not those that they are asked with
+        scores.eliminate_zeros()
+        for query, best in enumerate(_largest(scores, k), start):
+            ranked[query, : len(best)] = ids[scores.indices[best]]
     return ranked
 
 
-def _best(scores: np.ndarray, k: int) -> np.ndarray:
-    """The places of the `k` largest of each row, in their order and of equals the first, `[rows, min(k, columns)]`."""
-    count = scores.shape[1]
-    if k >= count:
-        return np.argsort(-scores, axis=1, kind="stable")
-    least = np.partition(scores, count - k, axis=1)[:, count - k, None]
-    rows, columns = np.nonzero(scores >= least)  # k or, of equals, more
-    order = np.lexsort((columns, -scores[rows, columns], rows))
-    starts = np.searchsorted(rows, np.arange(len(scores)))
-    return columns[order[starts[:, None] + np.arange(k)]]
+def _largest(values: sparse.csr_matrix, k: int) -> Iterator[np.ndarray]:
+    """Where in `data` the `k` largest of each row stand, in their order and of equals the first column."""
+    for start, end in itertools.pairwise(values.indptr):
+        of_row, places = values.data[start:end], np.arange(start, end)
+        if k < len(of_row):
+            places = places[of_row >= np.partition(of_row, len(of_row) - k)[len(of_row) - k]]  # k or, of equals, more
+        yield places[np.lexsort((values.indices[places], -values.data[places]))][:k]
 
 
 def _nearest(seen: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -107,11 +106,12 @@ def _nearest(seen: sparse.csr_matrix) -> sparse.csr_matrix:
     blocks = []
     step = max(1, _CELLS // count)
     for start in range(0, count, step):
-        cosines = (columns[:, start : start + step].T @ columns).toarray()
-        own = np.arange(len(cosines))
-        cosines[own, start + own] = 0.0
-        if count > NEIGHBOURS:
-            least = np.partition(cosines, count - NEIGHBOURS, axis=1)[:, count - NEIGHBOURS, None]
-            cosines[cosines < least] = 0.0
-        blocks.append(sparse.csr_matrix(cosines))
+        cosines = sparse.csr_matrix(columns[:, start : start + step].T @ columns)
+        cosines = cosines - sparse.diags([cosines.diagonal(start)], [start], cosines.shape)
+        kept = np.zeros(cosines.nnz, bool)
+        for nearest in _largest(cosines, NEIGHBOURS):
+            kept[nearest] = True
+        cosines.data[~kept] = 0.0
+        cosines.eliminate_zeros()
+        blocks.append(cosines)
     return sparse.vstack(blocks, format="csr")
