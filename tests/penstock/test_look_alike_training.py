@@ -128,3 +128,9 @@ def test_items_of_one_seed_and_nothing_later_are_refused():
     one = Liked.of(np.arange(3), np.arange(3))
     with pytest.raises(TrainingError, match="two or more users like"):
         train(vectors(3), one, one, Config())
+
+
+@pytest.mark.parametrize("prior", [-1.0, float("nan"), float("inf")])
+def test_a_prior_that_is_no_count_is_refused(prior):
+    with pytest.raises(ValueError, match="prior is how many seeds the mean user counts for, 0 or more"):
+        LookAlike(Config(prior=prior), np.zeros(DIM))

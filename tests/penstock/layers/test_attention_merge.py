@@ -49,3 +49,11 @@ def test_without_a_say_of_the_scores_it_is_the_mean_and_so_is_its_gradient():
         merged = layer(vectors)
     np.testing.assert_allclose(merged, np.mean(vectors, axis=1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(tape.gradient(merged, vectors), np.full((2, 5, 4), 0.2), rtol=1e-5)
+
+
+def test_one_that_is_there_several_times_weighs_as_if_it_stood_there_so_often():
+    layer, random = _layer(), np.random.default_rng(4)
+    vectors, counts = random.normal(size=(1, 4, 4)).astype(np.float32), np.array([[3, 1, 0, 2]], np.float32)
+    repeated = np.repeat(vectors, counts[0].astype(int), axis=1)
+    np.testing.assert_allclose(layer(vectors, counts), layer(repeated), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer(vectors, 0.25 * counts), layer(vectors, counts), rtol=1e-5, atol=1e-6)
