@@ -440,7 +440,7 @@ class Day:
         self.order = np.argsort(-(vectors @ items.T), axis=1, kind="stable")[:, :200]
         truth = self.audience.truth.items(np.arange(self.world.items_by(world.days)))
         self.topic, self.upload = truth.topic, truth.upload_ms
-        published = world.start_ms + world.days * DAY_MS
+        self.begins = published = world.start_ms + world.days * DAY_MS
         self.new = np.flatnonzero((self.upload >= published - DAY_MS) & ~np.isin(truth.ids, self.ids))
         liked = np.bincount(split.seeds.items, minlength=schema.size("item_id"))
         fewest = liked[FIRST:].argsort(kind="stable")
@@ -501,7 +501,7 @@ class Day:
                     liked[item].append(row)
                 right[place[item]] += self.right[place[item], row]
                 if right[place[item]] == ENOUGH:
-                    reached[place[item]] = (time_ms - self.upload[item]) / 3.6e6
+                    reached[place[item]] = (time_ms - max(self.upload[item], self.begins)) / 3.6e6
         order = np.sort(exposures[exposures > 0])
         gini = float(2 * (np.arange(1, len(order) + 1) * order).sum() / (len(order) * order.sum()) - 1 - 1 / len(order))
         of_new = exposures[self.new].sum()
