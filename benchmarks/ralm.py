@@ -237,8 +237,8 @@ def offline(examples: Path, folder: Path, seed: int, epochs: int, ways: tuple[st
         scores["YouTubeDNN of the day before"] = _of_the_day_before(examples, split, seed, epochs)
         asked = training.query_vectors(tower, split.at, schema)
         of_item = {item: split.seeds.users[split.seeds.items == item] for item in split.young.tolist()}
+        sums = np.array([vectors[users].sum(axis=0) for users in of_item.values()])
         for name, prior in (("mean of seeds", 0.0), ("mean of seeds and the mean user", Config().prior)):
-            sums = np.array([vectors[users].sum(axis=0) for users in of_item.values()])
             scores[name] = _unit(asked) @ _unit(sums + prior * vectors.mean(axis=0)).T
         for name in ways:
             scorer = scorer_of(examples, seed, epochs, WAYS[name])
@@ -535,27 +535,20 @@ def with_audience(found: Sequence[dict[str, dict[str, float]]], goals: bool) -> 
     """Prints the days beside each other; rows of RALM's beside the others, whose goals are those of recall alone."""
     measures = list(found[0]["RALM"])
     columns: dict[str, Sequence[str | float]] = {"": measures}
+    means: dict[str, dict[str, float]] = {}
     for way in LIVED:
-        values = [[one[way][measure] for one in found] for measure in measures]
-        columns[way] = [statistics.mean(of) for of in values]
-        columns[f"± {way}"] = [_margin(of) for of in values]
+        values = {measure: [one[way][measure] for one in found] for measure in measures}
+        means[way] = {measure: statistics.mean(of) for measure, of in values.items()}
+        columns[way] = list(means[way].values())
+        columns[f"± {way}"] = [_margin(of) for of in values.values()]
     show_columns(f"The day after the log; means of {len(found)} seeds, ± a 95 % interval", columns)
     least = {"click rate": 1.0, "share of exposures in the tail": 1.09} if goals else {}
-
-    def mean(way: str, measure: str) -> float:
-        return statistics.mean(one[way][measure] for one in found)
-
     return [
         Comparison(
-            measure,
-            mean("RALM", measure),
-            mean(peer, measure),
-            peer,
-            "",
-            at_least=least.get(measure) if peer == LIVED[0] else None,
+            measure, ours, means[peer][measure], peer, "", at_least=least.get(measure) if peer == LIVED[0] else None
         )
         for peer in LIVED[:2]
-        for measure in measures
+        for measure, ours in means["RALM"].items()
     ]
 
 

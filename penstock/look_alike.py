@@ -195,8 +195,7 @@ def item_of(vectors: np.ndarray, own: int, scorer: Scorer, k: int = CENTROIDS) -
         LookAlikeError: as `cluster`.
     """
     lent = len(vectors) - own
-    weights = np.repeat([1.0, LENT / max(lent, 1)], [own, lent]) if lent else None
-    groups = cluster(vectors, k, weights=weights)
+    groups = cluster(vectors, k, weights=np.repeat([1.0, LENT / max(lent, 1)], [own, lent]))
     found = scorer.embed(groups.centroids)
     seeds, counts = np.zeros((k, found.shape[1]), np.float32), np.zeros(k, np.float32)
     seeds[: len(found)], counts[: len(found)] = found, groups.counts

@@ -142,13 +142,17 @@ class LookAlike(keras.layers.Layer):
 
     def call(self, users: Any, centroids: Any, counts: Any) -> Any:
         batch, items, _ = ops.shape(counts)
-        mean = ops.broadcast_to(self._mean, (batch, items, 1, len(self._mean)))
-        seeds = self.transform(ops.concatenate([centroids, mean], axis=2))
+        mean = ops.broadcast_to(self._embedded_mean(), (batch, items, 1, self._config.dim))
+        seeds = ops.concatenate([self.transform(centroids), mean], axis=2)
         counts = ops.concatenate([counts, ops.full((batch, items, 1), self._config.prior)], axis=2)
         users = self.transform(users)[:, None]
         likeness = ops.tanh(self.local(users[:, None], seeds))
         local = attend_counted(likeness, seeds, counts)[..., 0, :]
         return self.alpha * _cosine(self.merge(seeds, counts), users) + self.beta * _cosine(local, users)
+
+    def _embedded_mean(self) -> Any:
+        """`e` of the mean user, `[h]`."""
+        return self.transform(self._mean[None])[0]
 
     def scorer(self) -> Scorer:
         """What scores with these weights."""
@@ -160,7 +164,7 @@ class LookAlike(keras.layers.Layer):
             self.local.kernel,
             self.alpha,
             self.beta,
-            self.transform(self._mean[None])[0],
+            self._embedded_mean(),
             self._config.prior,
         )
         return Scorer(*(np.asarray(weight, np.float32) for weight in weights))
@@ -218,6 +222,23 @@ class Seeds(NamedTuple):
     items: np.ndarray
     places: np.ndarray
 
+    def taken_out(
+        self, users: np.ndarray, items: np.ndarray, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A seed of each item and the group he is in, `[rows, items]`: of the first the row's user, else by chance.
+
+        Args:
+            users: `[rows]`, seeds of the first of their `items` `[rows, items]`.
+        """
+        order = np.lexsort((self.users, self.items))
+        of_item = self.items[order]
+        first, behind = (np.searchsorted(of_item, items, side=side) for side in ("left", "right"))
+        chosen = random.integers(first, behind)
+        width = int(self.users.max()) + 1
+        keys = of_item.astype(np.int64) * width + self.users[order]
+        chosen[:, 0] = np.searchsorted(keys, items[:, 0].astype(np.int64) * width + users)
+        return self.users[order][chosen], self.places[order][chosen]
+
 
 def pairs(
     liked: Liked, known: Liked, seeds: Seeds | None, candidates: np.ndarray, config: Config, seed: int
@@ -253,13 +274,7 @@ def pairs(
     asked = np.concatenate([items[:, None], drawn], axis=1).astype(np.int32)
     out = place = np.full(asked.shape, -1, np.int32)
     if seeds is not None:
-        by_item = np.lexsort((seeds.users, seeds.items))
-        of_item = seeds.items[by_item]
-        first, behind = (np.searchsorted(of_item, asked, side=side) for side in ("left", "right"))
-        chosen = random.integers(first, behind)
-        keys = of_item.astype(np.int64) * (int(seeds.users.max()) + 1) + seeds.users[by_item]
-        chosen[:, 0] = np.searchsorted(keys, items.astype(np.int64) * (int(seeds.users.max()) + 1) + users)
-        out, place = seeds.users[by_item][chosen], seeds.places[by_item][chosen]
+        out, place = seeds.taken_out(users, asked, random)
     inputs = {"user": users.astype(np.int32), "items": asked, "seed": out, "place": place}
     return inputs, np.concatenate([np.ones((len(users), 1), bool), ~is_liked(drawn)], axis=1).astype(np.float32)
 
