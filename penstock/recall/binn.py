@@ -8,12 +8,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from penstock import backends, sessions
+from penstock import sessions
 from penstock.catalogue import Catalogue
 from penstock.examples import PADDING, Schema
 from penstock.layers.embedding import Embedding, inputs_of
 from penstock.layers.next_item import or_unknown
-from penstock.layers.sequence import LastState, PeepholeLSTMCell
+from penstock.layers.recurrent import LastState, MeanState
 from penstock.retrieval import BiasedItems, RecallConfig, Towers
 
 BUCKETS = 18
@@ -47,7 +47,7 @@ class Config(RecallConfig):
 
 
 def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
-    """`P(i | user) = softmax(wᵢ · q + bᵢ)` with `q = W [s; p] + b`, s of `LastState`, p of `Preference` (section 4).
+    """`P(i | user) = softmax(wᵢ · q + bᵢ)` with `q = W [s; p] + b`, s of `LastState`, p of `MeanState` (section 4).
 
     s reads the session that runs, p all that was liked before it. The paper reads behaviours of several kinds (clicks,
     carts, purchases) by a contextual LSTM, whose gates see the kind beside the item, and takes for the preferences
@@ -62,14 +62,19 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
     read = [sessions.split(of, *settings) for of in (items, Pauses(name="pauses")(items, times))]
     (short, long), (short_pauses, long_pauses) = read
     behaviours = Behaviours(schema.size("item_id"), config, name="behaviours")
-    session = LastState(config.units, name="session")(*behaviours(or_unknown(short), short_pauses))
-    preference = Preference(config.units, name="preference")(*behaviours(long, long_pauses))
+    session = LastState(config.units, behaviours, name="session")(*_steps(or_unknown(short), short_pauses))
+    preference = MeanState(config.units, behaviours, name="preference")(*_steps(long, long_pauses))
     joined = keras.layers.Dropout(config.dropout)(ops.concatenate([session, preference], axis=-1))
     query = keras.layers.Dense(config.dim)(joined)
     query = ops.concatenate([query, ops.ones_like(query[:, :1])], axis=-1)
     return Towers(
         keras.Model(inputs, query, name="query"), BiasedItems(schema.size("item_id"), config.dim, name="items")
     )
+
+
+def _steps(items: Any, pauses: Any) -> tuple[Any, Any]:
+    """What `Behaviours` reads, `[batch, length, 2]`, and where there is an item."""
+    return ops.stack([items, pauses], axis=-1), ops.not_equal(items, PADDING)
 
 
 class Pauses(keras.layers.Layer):
@@ -86,51 +91,25 @@ class Pauses(keras.layers.Layer):
 
 
 class Behaviours(keras.layers.Layer):
-    """Items and pauses `[batch, length]` → their vectors side by side `[batch, longest, width + context]`, and present.
+    """Items and pauses `[steps, 2]` → their vectors side by side `[steps, width + context]`.
 
-    Steps that no history of the batch has are left out. An LSTM whose input this is, is contextual: `W [x; c]` is
-    `W_x x + W_c c` in each of its gates (section 4.2.1).
+    An LSTM whose input this is, is contextual: `W [x; c]` is `W_x x + W_c c` in each of its gates (section 4.2.1).
     """
 
     def __init__(self, size: int, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = backends.FIXED_SHAPES  # how long a batch is, is known only when it runs
         uniform = keras.initializers.RandomUniform(-0.05, 0.05)
         self.items = Embedding(size, config.width, uniform)
         self.pauses = Embedding(BUCKETS, config.context, keras.initializers.RandomUniform(-0.05, 0.05))
         self.dropout = keras.layers.Dropout(config.dropout)
 
-    def build(self, items_shape: Any, pauses_shape: Any) -> None:
-        self.items.build(items_shape)
-        self.pauses.build(pauses_shape)
+    def build(self, steps_shape: Any) -> None:
+        self.items.build((None,))
+        self.pauses.build((None,))
 
-    def call(self, items: Any, pauses: Any, training: bool | None = None) -> tuple[Any, Any]:
-        longest = ops.max(ops.sum(ops.cast(ops.not_equal(items, PADDING), "int32"), axis=1), initial=1)
-        needed = backends.leading(longest)
-        items, pauses = items[:, needed], pauses[:, needed]
-        vectors = ops.concatenate([self.items(items), self.pauses(pauses)], axis=-1)
-        return self.dropout(vectors, training=training), ops.not_equal(items, PADDING)
+    def call(self, steps: Any, training: bool | None = None) -> Any:
+        vectors = ops.concatenate([self.items(steps[..., 0]), self.pauses(steps[..., 1])], axis=-1)
+        return self.dropout(vectors, training=training)
 
-
-class Preference(keras.layers.Layer):
-    """The mean over a history of the states of two LSTMs, one of which reads it from the end (section 4.2.2).
-
-    Vectors `[batch, length, width]` and present `[batch, length]` → `[batch, 2 units]`; zero where nothing is.
-    """
-
-    def __init__(self, units: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.readers = [
-            keras.layers.RNN(PeepholeLSTMCell(units), return_sequences=True, go_backwards=backwards)
-            for backwards in (False, True)
-        ]
-
-    def build(self, vectors_shape: Any, present_shape: Any = None) -> None:
-        for reader in self.readers:
-            reader.build(vectors_shape)
-
-    def call(self, vectors: Any, present: Any) -> Any:
-        forth, back = (reader(vectors, mask=present) for reader in self.readers)
-        states = ops.concatenate([forth, ops.flip(back, axis=1)], axis=-1)
-        weights = ops.cast(present, states.dtype)
-        return ops.einsum("bld,bl->bd", states, weights) / ops.maximum(ops.sum(weights, axis=1), 1.0)[:, None]
+    def compute_output_shape(self, steps_shape: Any) -> Any:
+        return *steps_shape[:-1], self.items.dim + self.pauses.dim

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from penstock.catalogue import Catalogue
 from penstock.examples import Schema
-from penstock.layers.sequence import LastState
+from penstock.layers.recurrent import LastState
 from penstock.recall import dssm
 from penstock.retrieval import Towers
 

@@ -16,6 +16,7 @@ from penstock import backends
 from penstock.examples import FIRST, read_slice
 from penstock.layers.embedding import Embedding
 from penstock.layers.next_item import AfterEach, Places, begun
+from penstock.layers.recurrent import LastState, MeanState
 from penstock.layers.sparse_experts import NoisyTopK, SparseExperts
 from penstock.losses import sampled
 from penstock.losses.gramian import AverageGramian, OnlineGramian
@@ -91,6 +92,17 @@ def values() -> dict[str, np.ndarray]:
     for layer in (gate, experts):
         layer.set_weights([normal(*weight.shape) for weight in layer.weights[:4]] + layer.get_weights()[4:])
     found["experts"] = experts(rows, gate(rows))
+
+    readers = {"last": LastState(2), "mean": MeanState(2)}
+    for reader in readers.values():
+        reader.build((None, None, 4))
+        reader.set_weights([normal(*weight.shape) for weight in reader.weights])
+    sequences = [ops.convert_to_tensor(normal(3, 4, 4))]
+    states, gradients = backends.each_gradient(
+        lambda read: {name: ops.sum(ops.sin(reader(read[0], histories > 1))) for name, reader in readers.items()},
+        sequences,
+    )
+    found |= {f"{name} state": state for name, state in states.items()} | {"gradient of states": gradients}
 
     table = Embedding(10, 4)
     table.build(())

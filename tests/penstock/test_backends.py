@@ -33,6 +33,7 @@ NEUTRAL = ("recall", "rank", "layers", "losses", "samplers", "objectives", "retr
 
 ALONE = {
     "backends/tensorflow.py": "is what the backend does its own way",
+    "backends/recurrence.py": "rows of unlike length, within a function that no other backend comes to",
     "distribution.py": "tf.distribute, within functions that no other backend comes to",
     "optimizers.py": "sparse gradients, within functions that no other backend comes to",
     "pretraining/__init__.py": "learns before a model, and gives NumPy",

@@ -1,109 +1,10 @@
 from __future__ import annotations
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from penstock.layers.sequence import LastState, PeepholeLSTMCell, WindowPooling
-
-
-def _sigmoid(x):
-    return 1.0 / (1.0 + np.exp(-x))
-
-
-def _filled(layer, seed):
-    """Gives every weight of a layer random values, biases included."""
-    random = np.random.default_rng(seed)
-    layer.set_weights([random.normal(0.0, 0.7, weight.shape) for weight in layer.get_weights()])
-
-
-def _step(cell, x, y, c):
-    """The equations of Palangi et al., one row."""
-    W, R, before, after, b = (np.asarray(weight, np.float64) for weight in cell.get_weights())
-    units = len(c)
-    part = {name: slice(place * units, (place + 1) * units) for place, name in enumerate("ifgo")}
-    i = _sigmoid(x @ W[:, part["i"]] + y @ R[:, part["i"]] + c @ before[:, :units] + b[part["i"]])
-    f = _sigmoid(x @ W[:, part["f"]] + y @ R[:, part["f"]] + c @ before[:, units:] + b[part["f"]])
-    g = np.tanh(x @ W[:, part["g"]] + y @ R[:, part["g"]] + b[part["g"]])
-    new = f * c + i * g
-    o = _sigmoid(x @ W[:, part["o"]] + y @ R[:, part["o"]] + new @ after + b[part["o"]])
-    return o * np.tanh(new), new
-
-
-def test_the_gates_see_the_state_before_the_step_and_the_output_gate_the_one_after():
-    cell = PeepholeLSTMCell(1)
-    cell.build((None, 1))
-    state, entry = 0.8, 0.5
-    # nothing but the peepholes p₃ (input), p₂ (forget), p₁ (output), and the candidate's bias
-    bias = np.array([0.0, 0.0, entry, 0.0])
-    cell.set_weights([np.zeros((1, 4)), np.zeros((1, 4)), np.array([[2.0, -1.0]]), np.array([[3.0]]), bias])
-    y, (same, c) = cell(np.ones((1, 1), np.float32), [np.ones((1, 1), np.float32), np.full((1, 1), state, np.float32)])
-    expected = _sigmoid(-1.0 * state) * state + _sigmoid(2.0 * state) * np.tanh(entry)
-    assert float(c[0, 0]) == pytest.approx(expected, rel=1e-6)
-    assert float(y[0, 0]) == pytest.approx(_sigmoid(3.0 * expected) * np.tanh(expected), rel=1e-6)
-    assert float(same[0, 0]) == float(y[0, 0])
-
-
-@pytest.mark.parametrize("units", [1, 3])
-@pytest.mark.parametrize("width", [1, 4])
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 5)])
-def test_the_cell_takes_the_steps_of_the_equations(units, width, batch, length):
-    random = np.random.default_rng(units + width)
-    cell = PeepholeLSTMCell(units)
-    cell.build((None, width))
-    _filled(cell, 2)
-    inputs = random.normal(size=(batch, length, width)).astype(np.float32)
-    states = [np.zeros((batch, units), np.float32)] * 2
-    own = [(np.zeros(units), np.zeros(units)) for _ in range(batch)]
-    for step in range(length):
-        output, states = cell(inputs[:, step], states)
-        own = [_step(cell, inputs[row, step], *own[row]) for row in range(batch)]
-        np.testing.assert_allclose(output, [y for y, _ in own], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(states[0], output)
-        np.testing.assert_allclose(states[1], [c for _, c in own], rtol=1e-4, atol=1e-6)
-
-
-def test_without_peepholes_it_is_the_lstm_of_keras():
-    random = np.random.default_rng(5)
-    ours, plain = PeepholeLSTMCell(4), keras.layers.LSTMCell(4)
-    ours.build((None, 3))
-    plain.build((None, 3))
-    _filled(plain, 6)
-    kernel, recurrent, bias = plain.get_weights()
-    ours.set_weights([kernel, recurrent, np.zeros((4, 8)), np.zeros((4, 4)), bias])
-    inputs = random.normal(size=(2, 7, 3)).astype(np.float32)
-    expected = keras.layers.RNN(plain, return_sequences=True)(inputs)
-    found = keras.layers.RNN(ours, return_sequences=True)(inputs)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_it_starts_as_the_lstm_of_keras_does():
-    ours, plain = PeepholeLSTMCell(3), keras.layers.LSTMCell(3)
-    ours.build((None, 2))
-    plain.build((None, 2))
-    np.testing.assert_array_equal(ours.bias, plain.bias)
-    np.testing.assert_allclose(ours.recurrent_kernel @ tf.transpose(ours.recurrent_kernel), np.eye(3), atol=1e-5)
-    assert PeepholeLSTMCell.from_config(ours.get_config()).units == 3
-
-
-@pytest.mark.parametrize("weight", ["peephole_before", "peephole_after"])
-def test_the_peepholes_act_and_are_learned(weight):
-    inputs = np.random.default_rng(7).normal(size=(2, 4, 3)).astype(np.float32)
-    layer = LastState(3)
-    present = np.ones((2, 4), bool)
-    cell = layer.lstm.cell
-    layer(inputs, present)
-    with tf.GradientTape() as tape:
-        total = tf.reduce_sum(layer(inputs, present))
-    gradient = tape.gradient(total, getattr(cell, weight).value)
-    assert np.abs(gradient).min() > 0.0
-    variable = getattr(cell, weight)
-    step = np.zeros(variable.shape, np.float32)
-    step[0, 0] = 1e-2
-    variable.assign(variable + step)
-    changed = (float(tf.reduce_sum(layer(inputs, present))) - float(total)) / 1e-2
-    assert changed == pytest.approx(float(gradient[0, 0]), rel=0.05, abs=2e-4)
+from penstock.layers.sequence import WindowPooling
 
 
 def _texts(rows, length, width, seed=0):
@@ -113,21 +14,14 @@ def _texts(rows, length, width, seed=0):
     return vectors, np.arange(length)[None, :] < np.arange(rows)[:, None] % (length + 1)
 
 
-def test_the_last_word_decides_when_the_text_is_over():
-    vectors, present = _texts(6, 5, 3)
-    layer = LastState(4)
-    layer(vectors, present)
-    _filled(layer, 1)
-    found = np.asarray(layer(vectors, present))
-    for row, words in enumerate(present.sum(axis=1)):
-        y, c = np.zeros(4), np.zeros(4)
-        for step in range(words):
-            y, c = _step(layer.lstm.cell, vectors[row, step], y, c)
-        np.testing.assert_allclose(found[row], y, rtol=1e-4, atol=1e-6)
+def _filled(layer, seed):
+    """Gives every weight of a layer random values."""
+    random = np.random.default_rng(seed)
+    layer.set_weights([random.normal(0.0, 0.7, weight.shape) for weight in layer.get_weights()])
 
 
-@pytest.mark.parametrize("layer", [LastState(4), WindowPooling(6, 4)], ids=["lstm", "cnn"])
-def test_padding_in_front_or_behind_changes_nothing_and_order_does(layer):
+def test_padding_in_front_or_behind_changes_nothing_and_order_does():
+    layer = WindowPooling(6, 4)
     random = np.random.default_rng(3)
     text = random.normal(size=(1, 4, 3)).astype(np.float32)
     junk = random.normal(size=(1, 2, 3)).astype(np.float32) * 50.0

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from penstock.recall.binn import BUCKETS, Config, Pauses, Preference, build
+from penstock.recall.binn import BUCKETS, Config, Pauses, build
 from tests.penstock.recall.histories import CATALOGUE, SCHEMA, moments
 
 
@@ -37,24 +37,6 @@ def test_no_history_is_a_session_of_the_unknown_item(parts):
     s, p = parts()
     assert s.any()
     assert not p.any()
-
-
-def test_a_preference_is_the_mean_of_both_directions_over_what_is_there():
-    keras.utils.set_random_seed(2)
-    layer = Preference(3)
-    vectors = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
-    present = np.arange(5) < np.array([[3], [0]])
-    found = np.asarray(layer(vectors, present))
-    states = []
-    for reader, inputs in zip(layer.readers, (vectors[:1, :3], vectors[:1, 2::-1]), strict=True):
-        output, state = np.zeros((1, 3), np.float32), np.zeros((1, 3), np.float32)
-        steps = []
-        for step in range(3):
-            output, (_, state) = reader.cell(inputs[:, step], [output, state])
-            steps.append(np.asarray(output)[0])
-        states.append(np.mean(steps, axis=0))
-    np.testing.assert_allclose(found[0], np.concatenate(states), rtol=1e-4, atol=1e-6)
-    assert not found[1].any()
 
 
 def test_pauses_are_told_by_powers_of_two_of_a_minute():

@@ -37,7 +37,7 @@ def test_the_vector_is_the_state_after_the_last_word():
     reader = query.get_layer("text")
     texts = Texts.of(small_texts.catalogue())
     parts = texts.encode(["night train the harbour"])
-    cell = reader.encoder.lstm.cell
+    cell = reader.encoder.cell
     states = [np.zeros((1, 8), np.float32)] * 2
     for word in range(parts.shape[1]):
         _, states = cell(reader.hashing(parts[:, word]), states)
