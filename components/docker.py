@@ -64,9 +64,11 @@ def engine() -> docker.DockerClient:
     try:
         client = docker.from_env()
         client.ping()
+        return client
     except docker.errors.DockerException as error:
-        raise StageError(f"PENSTOCK_RUNNER=docker needs a Docker engine: {error}") from None
-    return client
+        refused = str(error)
+    # not from within: it would keep, with its context, the socket that found nobody
+    raise StageError(f"PENSTOCK_RUNNER=docker needs a Docker engine: {refused}")
 
 
 def prepare(stage: str, arguments: Mapping[str, Any], out: Path, wanted: Mapping[str, Config]) -> dict[str, Any]:
