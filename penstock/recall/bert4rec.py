@@ -12,6 +12,7 @@ from penstock import backends
 from penstock.catalogue import Catalogue
 from penstock.examples import FIRST, PADDING, Schema
 from penstock.layers.attention import Transformer
+from penstock.layers.by_length import ByLength
 from penstock.layers.embedding import inputs_of
 from penstock.layers.next_item import Places, appended
 from penstock.retrieval import BiasedItems, RecallConfig, Towers
@@ -57,7 +58,9 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
     items = BiasedItems(schema.size("item_id"), config.dim, name="items")
     encoder = Bidirectional(items, history.length + 1, config, name="encoder")
     query = Masked(encoder, name="masked")(inputs["history_items"])
-    return Towers(keras.Model(inputs, query, name="query"), items, pairs=Cloze(encoder, config.masked, config.last))
+    return Towers(
+        keras.Model(inputs, query, name="query"), items, pairs=Cloze(ByLength(encoder), config.masked, config.last)
+    )
 
 
 class Bidirectional(keras.layers.Layer):
@@ -123,7 +126,7 @@ class Cloze(keras.layers.Layer):
     sequences, the last alone is (section 3.6).
     """
 
-    def __init__(self, encoder: Bidirectional, masked: float, last: float, **kwargs: Any) -> None:
+    def __init__(self, encoder: keras.layers.Layer, masked: float, last: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_jit = backends.FIXED_SHAPES
         self.encoder = encoder

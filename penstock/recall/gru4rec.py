@@ -11,6 +11,7 @@ from keras import ops
 from penstock import backends
 from penstock.catalogue import Catalogue
 from penstock.examples import Schema
+from penstock.layers.by_length import ByLength
 from penstock.layers.embedding import Embedding, inputs_of
 from penstock.layers.next_item import AfterAll, AfterEach
 from penstock.retrieval import BiasedItems, RecallConfig, Towers
@@ -49,7 +50,7 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
     own = Embedding(schema.size("item_id"), config.dim, keras.initializers.RandomUniform(-0.05, 0.05))
     encoder = Recurrent(items if config.tied else own, config, name="encoder")
     query = AfterAll(encoder, name="after_all")(inputs["history_items"])
-    return Towers(keras.Model(inputs, query, name="query"), items, pairs=AfterEach(encoder))
+    return Towers(keras.Model(inputs, query, name="query"), items, pairs=AfterEach(ByLength(encoder)))
 
 
 class Recurrent(keras.layers.Layer):

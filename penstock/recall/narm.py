@@ -12,6 +12,7 @@ from penstock import backends
 from penstock.catalogue import Catalogue
 from penstock.examples import PADDING, Schema
 from penstock.layers.attention import AdditiveScores
+from penstock.layers.by_length import ByLength
 from penstock.layers.embedding import Embedding, inputs_of
 from penstock.layers.next_item import AfterAll, AfterEach
 from penstock.retrieval import RecallConfig, Towers
@@ -47,7 +48,7 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
     items = Embedding(schema.size("item_id"), config.dim, keras.initializers.RandomNormal(stddev=0.05), name="items")
     encoder = GlobalAndLocal(items, config, name="encoder")
     query = AfterAll(encoder, name="after_all")(inputs["history_items"])
-    return Towers(keras.Model(inputs, query, name="query"), items, pairs=AfterEach(encoder))
+    return Towers(keras.Model(inputs, query, name="query"), items, pairs=AfterEach(ByLength(encoder)))
 
 
 class GlobalAndLocal(keras.layers.Layer):
