@@ -48,9 +48,17 @@ def ours(made: Histories, loss: str) -> Retrieval:
     return model
 
 
+def behind(made: Histories) -> np.ndarray:
+    """Histories with their padding behind them, as examples have it, `[rows, LENGTH]`."""
+    histories = made.items[:, :-1]
+    lengths = np.sum(histories != 0, axis=1, keepdims=True)
+    places = np.arange(LENGTH)
+    return np.where(places < lengths, np.take_along_axis(histories, (places - lengths) % LENGTH, axis=1), 0)
+
+
 def fit(model: Retrieval, made: Histories, warm_up: int, steps: int) -> dict[str, Any]:
     """Fits as `penstock.fitting` does, one epoch of so many batches."""
-    rows = Rows({"history_items": made.items[:, :-1]}, made.items[:, -1], BATCH)
+    rows = Rows({"history_items": behind(made)}, made.items[:, -1], BATCH)
     clock = Clock()
     model.fit(rows.batches(np.arange((warm_up + steps) * BATCH)), callbacks=[clock], shuffle=False, verbose=0)
     return clock.result(warm_up) | {"megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

@@ -1,6 +1,7 @@
 """SASRec in plain PyTorch: the steps that `benchmarks.sequence_speed` measures in an environment of its own.
 
-As it is commonly written: `nn.MultiheadAttention`, dense gradients, Adam, and `cross_entropy` over all logits.
+As it is commonly written: `nn.MultiheadAttention`, dense gradients, Adam, padding in front whose states are zero, and
+`cross_entropy` over all logits of the places that have an item.
 Prints a line of JSON: milliseconds of each measured step, the mean loss of the last ten, and the peak of memory in MB.
 """
 
@@ -44,21 +45,21 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList([Block() for _ in range(BLOCKS)])
 
     def forward(self, items: torch.Tensor) -> torch.Tensor:
-        states = self.dropout(self.items(items) * DIM**0.5 + self.places.weight)
+        present = (items != 0)[..., None]
+        states = self.dropout(self.items(items) * DIM**0.5 + self.places.weight) * present
         for block in self.blocks:
-            states = block(states)
+            states = block(states) * present
         return self.norm(states)
 
 
 def full(model: SASRec, states: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """Cross-entropy over all items."""
     logits = states @ model.items.weight[FIRST:].T
-    return functional.cross_entropy(logits.flatten(0, 1), (following - FIRST).flatten())
+    return functional.cross_entropy(logits, following - FIRST)
 
 
 def sampled(model: SASRec, states: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """Cross-entropy over the positive and shared negatives, drawn uniformly."""
-    states, following = states.flatten(0, 1), following.flatten()
     negatives = torch.randint(FIRST, model.items.num_embeddings, (SAMPLE,))
     positive = (states * model.items(following)).sum(dim=1)
     negative = states @ model.items(negatives).T
@@ -80,7 +81,8 @@ def main(folder: Path, loss: str, warm_up: int, steps: int) -> None:
     for step in range(warm_up + steps):
         started = time.perf_counter()
         batch = items[step * BATCH : (step + 1) * BATCH]
-        value = loss_of(model, model(batch[:, :-1]), batch[:, 1:])
+        there = batch[:, :-1] != 0
+        value = loss_of(model, model(batch[:, :-1])[there], batch[:, 1:][there])
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
