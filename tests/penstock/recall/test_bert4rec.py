@@ -76,7 +76,7 @@ def test_a_sequence_is_the_history_and_the_positive():
 
 
 def test_a_full_history_has_a_place_for_the_mask(towers):
-    assert towers.pairs.encoder.places.size == LENGTH + 1
+    assert towers.pairs.encoder.encoder.places.size == LENGTH + 1
 
 
 def test_shares_out_of_range_are_named():

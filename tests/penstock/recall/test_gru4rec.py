@@ -34,7 +34,7 @@ def _gru(layer, inputs):
 
 
 def test_equals_the_loops(towers):
-    encoder = towers.pairs.encoder
+    encoder = towers.pairs.encoder.encoder
     vectors = [np.asarray(encoder.items(np.array([item])))[0, :4] for item in (1, 4, 2, 2)]
     for gru in encoder.recurrent:
         vectors = _gru(gru, vectors)
@@ -52,7 +52,7 @@ def test_one_reading_takes_the_steps_that_sessions_in_parallel_take(towers):
 
 
 def test_an_item_of_the_history_has_the_vector_it_is_scored_by_if_it_is_to(towers):
-    assert (towers.pairs.encoder.items is towers.item) == (len(towers.pairs.encoder.recurrent) == 1)
+    assert (towers.pairs.encoder.encoder.items is towers.item) == (len(towers.pairs.encoder.encoder.recurrent) == 1)
 
 
 def test_a_ranking_loss_puts_the_next_item_first():

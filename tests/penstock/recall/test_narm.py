@@ -20,7 +20,7 @@ def _sigmoid(x):
 
 def test_the_local_encoder_sums_by_scores_that_are_no_shares_and_the_decoder_is_bilinear(towers):
     """Equations 6 to 9, from the states of the recurrent layer."""
-    encoder = towers.pairs.encoder
+    encoder = towers.pairs.encoder.encoder
     items = np.array([[1, 4, 2, 2]])
     states = np.asarray(encoder.recurrent(encoder.items(items)))[0]
     first, second, joined = (

@@ -65,7 +65,7 @@ def _block(block, vectors):
 
 
 def test_equals_the_loops(towers):
-    encoder = towers.pairs.encoder
+    encoder = towers.pairs.encoder.encoder
     table, places = np.asarray(towers.item.table), np.asarray(encoder.places.table)
     items = [1, 4, 2, 2]
     vectors = [2.0 * table[item] + places[len(places) - 4 + place] for place, item in enumerate(items)]
@@ -77,7 +77,7 @@ def test_equals_the_loops(towers):
 
 
 def test_an_item_is_its_vector_in_the_history(towers):
-    assert any(layer is towers.item for layer in (towers.pairs.encoder.items,))
+    assert any(layer is towers.item for layer in (towers.pairs.encoder.encoder.items,))
     assert towers.item(np.arange(ITEMS)).shape == (ITEMS, DIM)
 
 
