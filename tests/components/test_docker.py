@@ -80,16 +80,16 @@ def engine() -> Iterator[docker_py.DockerClient]:
             after.callback(daemon.wait, 30)
             after.callback(daemon.terminate)
         end = time.monotonic() + (60 if daemon else 0)
-        client, refused = None, ""
-        while client is None:
+        while True:
             try:
                 client = docker.engine()
+                break
             except StageError as error:
                 refused = str(error)
-            if client is None and (time.monotonic() > end or (daemon and daemon.poll() is not None)):
+            if time.monotonic() > end or (daemon and daemon.poll() is not None):
                 gc.collect()  # sockets that found nobody, while the filter above holds for them
                 pytest.skip(f"no Docker engine answers, and none can be started (root, docker.io): {refused}")
-            time.sleep(0 if client else 0.1)
+            time.sleep(0.1)
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
             for name, content in ((EXIT, program()), ("tmp/.keep", b"")):

@@ -6,16 +6,11 @@ import pytest
 import tensorflow as tf
 
 from penstock.layers.recurrent import LastState, MeanState, PeepholeLSTMCell
+from tests.penstock.layers.test_sequence import filled, texts
 
 
 def _sigmoid(x):
     return 1.0 / (1.0 + np.exp(-x))
-
-
-def _filled(layer, seed):
-    """Gives every weight of a layer random values, biases included."""
-    random = np.random.default_rng(seed)
-    layer.set_weights([random.normal(0.0, 0.7, weight.shape) for weight in layer.get_weights()])
 
 
 def _step(cell, x, y, c):
@@ -52,7 +47,7 @@ def test_the_cell_takes_the_steps_of_the_equations(units, width, batch, length):
     random = np.random.default_rng(units + width)
     cell = PeepholeLSTMCell(units)
     cell.build((None, width))
-    _filled(cell, 2)
+    filled(cell, 2)
     inputs = random.normal(size=(batch, length, width)).astype(np.float32)
     states = [np.zeros((batch, units), np.float32)] * 2
     own = [(np.zeros(units), np.zeros(units)) for _ in range(batch)]
@@ -69,7 +64,7 @@ def test_without_peepholes_it_is_the_lstm_of_keras():
     ours, plain = PeepholeLSTMCell(4), keras.layers.LSTMCell(4)
     ours.build((None, 3))
     plain.build((None, 3))
-    _filled(plain, 6)
+    filled(plain, 6)
     kernel, recurrent, bias = plain.get_weights()
     ours.set_weights([kernel, recurrent, np.zeros((4, 8)), np.zeros((4, 4)), bias])
     inputs = random.normal(size=(2, 7, 3)).astype(np.float32)
@@ -106,18 +101,11 @@ def test_the_peepholes_act_and_are_learned(weight):
     assert changed == pytest.approx(float(gradient[0, 0]), rel=0.05, abs=2e-4)
 
 
-def _texts(rows, length, width, seed=0):
-    """Random vectors and which of them are words: every number of words, and none."""
-    random = np.random.default_rng(seed)
-    vectors = random.normal(size=(rows, length, width)).astype(np.float32)
-    return vectors, np.arange(length)[None, :] < np.arange(rows)[:, None] % (length + 1)
-
-
 def test_the_last_word_decides_when_the_text_is_over():
-    vectors, present = _texts(6, 5, 3)
+    vectors, present = texts(6, 5, 3)
     layer = LastState(4)
     layer(vectors, present)
-    _filled(layer, 1)
+    filled(layer, 1)
     found = np.asarray(layer(vectors, present))
     for row, words in enumerate(present.sum(axis=1)):
         y, c = np.zeros(4), np.zeros(4)
@@ -154,7 +142,7 @@ def test_without_padding_it_reads_and_learns_as_keras_does_with_it(kind, rows, l
     last, mean = LastState(4), MeanState(4)
     for seed, layer in enumerate((last, mean)):
         layer(vectors, present)
-        _filled(layer, seed)
+        filled(layer, seed)
     cells = [last.cell, *mean.cells]
     counts = np.maximum(present.sum(axis=1), 1)[:, None]
 

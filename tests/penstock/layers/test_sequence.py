@@ -4,24 +4,25 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from penstock.layers.recurrent import LastState
 from penstock.layers.sequence import WindowPooling
 
 
-def _texts(rows, length, width, seed=0):
+def texts(rows, length, width, seed=0):
     """Random vectors and which of them are words: every number of words, and none."""
     random = np.random.default_rng(seed)
     vectors = random.normal(size=(rows, length, width)).astype(np.float32)
     return vectors, np.arange(length)[None, :] < np.arange(rows)[:, None] % (length + 1)
 
 
-def _filled(layer, seed):
-    """Gives every weight of a layer random values."""
+def filled(layer, seed):
+    """Gives every weight of a layer random values, biases included."""
     random = np.random.default_rng(seed)
     layer.set_weights([random.normal(0.0, 0.7, weight.shape) for weight in layer.get_weights()])
 
 
-def test_padding_in_front_or_behind_changes_nothing_and_order_does():
-    layer = WindowPooling(6, 4)
+@pytest.mark.parametrize("layer", [LastState(4), WindowPooling(6, 4)], ids=["lstm", "cnn"])
+def test_padding_in_front_or_behind_changes_nothing_and_order_does(layer):
     random = np.random.default_rng(3)
     text = random.normal(size=(1, 4, 3)).astype(np.float32)
     junk = random.normal(size=(1, 2, 3)).astype(np.float32) * 50.0
@@ -61,9 +62,9 @@ def _window_oracle(layer, vectors, present):
 @pytest.mark.parametrize("width", [1, 4])
 def test_windows_and_their_largest_are_those_of_the_loops(window, length, width):
     layer = WindowPooling(5, 3, window)
-    vectors, present = _texts(length + 1, length, width, seed=window)
+    vectors, present = texts(length + 1, length, width, seed=window)
     layer(vectors, present)
-    _filled(layer, 4)
+    filled(layer, 4)
     np.testing.assert_allclose(layer(vectors, present), _window_oracle(layer, vectors, present), rtol=1e-4, atol=1e-6)
 
 
