@@ -6,7 +6,8 @@ step is of ever fewer rows, and all that is there lies packed, without the gaps 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from keras import ops
@@ -29,35 +30,55 @@ class Cell(Protocol):
         """The states before the first step."""
 
 
-def outputs(
-    cell: Cell, embed: Callable[[Any], Any], inputs: Any, present: Any, backwards: bool = False
-) -> tuple[Any, Any]:
-    """What a cell gives after each step, `[steps, units]`, and the row of each, `[steps]`; the steps of a row in order.
+@dataclass(frozen=True)
+class Reader:
+    """A cell, and whether it reads each row from its end."""
 
-    Where shapes are fixed there are steps for padding too, of a row past the last, which a segment's sum leaves out.
+    cell: Cell
+    backwards: bool = False
+
+
+def outputs(readers: Sequence[Reader], embed: Callable[[Any], Any], inputs: Any, present: Any) -> list[tuple[Any, Any]]:
+    """What each cell gives after each step, `[steps, units]`, and the row of each step, `[steps]`, in a row's order.
+
+    The vectors are made once, and are the same to all that read them. Where shapes are fixed there are steps for
+    padding too, of a row past the last, which a segment's sum leaves out.
 
     Args:
+        readers: what reads.
         embed: makes vectors `[steps, width]` of inputs `[steps, …]`.
         inputs: `[batch, length, …]`.
         present: `[batch, length]`; what is not, is passed over, wherever it stands.
-        backwards: each row is read from its end.
     """
-    return (_of_all if backends.FIXED_SHAPES else _packed)(cell, embed, inputs, present, backwards)
+    return (_of_all if backends.FIXED_SHAPES else _packed)(readers, embed, inputs, present)
 
 
-def _packed(cell: Cell, embed: Callable[[Any], Any], inputs: Any, present: Any, backwards: bool) -> tuple[Any, Any]:
+def _packed(readers: Sequence[Reader], embed: Callable[[Any], Any], inputs: Any, present: Any) -> list[tuple[Any, Any]]:
     import tensorflow as tf
 
     lists, lengths = tf.where(present), tf.reduce_sum(tf.cast(present, tf.int32), axis=1)
+    vectors = embed(tf.gather_nd(inputs, lists))
     row = tf.cast(lists[:, 0], tf.int32)
-    at = tf.gather_nd(tf.cumsum(tf.cast(present, tf.int32), axis=1), lists) - 1
-    if backwards:
-        at = tf.gather(lengths, row) - 1 - at
-    rank = tf.math.invert_permutation(tf.argsort(lengths, direction="DESCENDING", stable=True))
+    forwards = tf.gather_nd(tf.cumsum(tf.cast(present, tf.int32), axis=1), lists) - 1
+    backwards = tf.gather(lengths, row) - 1 - forwards
+    rank = tf.gather(tf.math.invert_permutation(tf.argsort(lengths, direction="DESCENDING", stable=True)), row)
     longest = tf.maximum(tf.reduce_max(lengths), 1)  # one step of no rows, where there is none
     counts = tf.reduce_sum(tf.cast(lengths[:, None] > tf.range(longest), tf.int32), axis=0)
-    order = tf.math.invert_permutation(tf.gather(tf.cumsum(counts, exclusive=True), at) + tf.gather(rank, row))
-    projected = cell.project(embed(tf.gather_nd(inputs, tf.gather(lists, order))))
+    before = tf.cumsum(counts, exclusive=True)
+
+    def read(reader: Reader) -> tuple[Any, Any]:
+        order = tf.math.invert_permutation(tf.gather(before, backwards if reader.backwards else forwards) + rank)
+        return _steps(reader.cell, tf.gather(vectors, order), counts, tf.shape(present)[0]), tf.gather(row, order)
+
+    return [read(reader) for reader in readers]
+
+
+def _steps(cell: Cell, vectors: Any, counts: Any, rows: Any) -> Any:
+    """What a cell gives, `[steps, units]`, for vectors `[steps, width]` that lie by step, `[longest]` so many each."""
+    import tensorflow as tf
+
+    projected = cell.project(vectors)
+    longest = tf.shape(counts)[0]
     # slices of one tensor would each have a gradient of its whole size
     parts = tf.TensorArray(projected.dtype, longest, infer_shape=False, element_shape=[None, *projected.shape[1:]])
     parts = parts.split(projected, counts)
@@ -69,7 +90,7 @@ def _packed(cell: Cell, embed: Callable[[Any], Any], inputs: Any, present: Any, 
         states = cell.step(part, tuple(state[:count] for state in states))
         return place + 1, given.write(place, states[0]), *states
 
-    start = cell.begin(tf.shape(present)[0])
+    start = cell.begin(rows)
     of_any_count = [tf.TensorShape([None, *state.shape[1:]]) for state in start]
     _, given, *_ = tf.while_loop(
         lambda place, *_: place < longest,
@@ -77,23 +98,27 @@ def _packed(cell: Cell, embed: Callable[[Any], Any], inputs: Any, present: Any, 
         (0, given, *start),
         shape_invariants=(tf.TensorShape([]), tf.TensorShape(None), *of_any_count),
     )
-    return tf.ensure_shape(given.concat(), [None, cell.units]), tf.gather(row, order)
+    return tf.ensure_shape(given.concat(), [None, cell.units])
 
 
-def _of_all(cell: Cell, embed: Callable[[Any], Any], inputs: Any, present: Any, backwards: bool) -> tuple[Any, Any]:
+def _of_all(readers: Sequence[Reader], embed: Callable[[Any], Any], inputs: Any, present: Any) -> list[tuple[Any, Any]]:
     batch, length = present.shape
-    projected = cell.project(embed(ops.reshape(inputs, (batch * length, *inputs.shape[2:]))))
-    by_step = ops.moveaxis(ops.reshape(projected, (batch, length, -1)), 1, 0)
+    vectors = embed(ops.reshape(inputs, (batch * length, *inputs.shape[2:])))
     there = ops.transpose(present)
-
-    def step(states: Any, part: Any) -> Any:
-        projected, there = part
-        after = cell.step(projected, states)
-        states = tuple(ops.where(there[:, None], new, old) for new, old in zip(after, states, strict=True))
-        return states, states[0]
-
-    _, given = ops.scan(step, cell.begin(batch), (by_step, there), reverse=backwards)
     rows = ops.where(there, ops.arange(batch)[None], batch)
-    if backwards:
-        given, rows = ops.flip(given, axis=0), ops.flip(rows, axis=0)
-    return ops.reshape(given, (length * batch, cell.units)), ops.reshape(rows, (-1,))
+
+    def read(reader: Reader) -> tuple[Any, Any]:
+        cell = reader.cell
+        by_step = ops.moveaxis(ops.reshape(cell.project(vectors), (batch, length, -1)), 1, 0)
+
+        def step(states: Any, part: Any) -> Any:
+            projected, there = part
+            after = cell.step(projected, states)
+            states = tuple(ops.where(there[:, None], new, old) for new, old in zip(after, states, strict=True))
+            return states, states[0]
+
+        _, given = ops.scan(step, cell.begin(batch), (by_step, there), reverse=reader.backwards)
+        in_order = (ops.flip(given, axis=0), ops.flip(rows, axis=0)) if reader.backwards else (given, rows)
+        return ops.reshape(in_order[0], (length * batch, cell.units)), ops.reshape(in_order[1], (-1,))
+
+    return [read(reader) for reader in readers]

@@ -87,7 +87,7 @@ class LastState(keras.layers.Layer):
         _build([self.cell], self.embed, inputs_shape)
 
     def call(self, inputs: Any, present: Any) -> Any:
-        given, rows = recurrence.outputs(self.cell, self.embed, inputs, present)
+        ((given, rows),) = recurrence.outputs([recurrence.Reader(self.cell)], self.embed, inputs, present)
         places = ops.arange(1, ops.shape(rows)[0] + 1)
         last = ops.maximum(ops.segment_max(places, rows, ops.shape(present)[0]), 0)
         nothing = ops.zeros((1, self.cell.units), given.dtype)
@@ -110,10 +110,9 @@ class MeanState(keras.layers.Layer):
         _build(self.cells, self.embed, inputs_shape)
 
     def call(self, inputs: Any, present: Any) -> Any:
-        sums = [
-            ops.segment_sum(*recurrence.outputs(cell, self.embed, inputs, present, backwards), ops.shape(present)[0])
-            for cell, backwards in zip(self.cells, (False, True), strict=True)
-        ]
+        readers = [recurrence.Reader(self.cells[0]), recurrence.Reader(self.cells[1], backwards=True)]
+        outputs = recurrence.outputs(readers, self.embed, inputs, present)
+        sums = [ops.segment_sum(given, rows, ops.shape(present)[0]) for given, rows in outputs]
         steps = ops.sum(ops.cast(present, sums[0].dtype), axis=1)
         return ops.concatenate(sums, axis=-1) / ops.maximum(steps, 1.0)[:, None]
 

@@ -187,7 +187,8 @@ def test_a_mean_is_of_both_directions():
     assert not found[1].any()
 
 
-def test_what_is_not_there_is_not_even_embedded():
+@pytest.mark.parametrize("kind", [LastState, MeanState])
+def test_what_is_not_there_is_not_even_embedded_and_what_is_is_once(kind):
     seen = []
 
     class Seen(keras.layers.Layer):
@@ -200,7 +201,7 @@ def test_what_is_not_there_is_not_even_embedded():
 
     ids = np.array([[[1], [2], [0]], [[0], [0], [0]], [[3], [0], [2]]])
     present = ids[..., 0] != 0
-    plain, embedded = LastState(2), LastState(2, embed=Seen())
+    plain, embedded = kind(2), kind(2, embed=Seen())
     vectors = keras.ops.one_hot(ids[..., 0], 4)
     plain(vectors, present)
     embedded(ids, present)
