@@ -71,11 +71,11 @@ def test_the_user_is_what_an_mlp_makes_of_the_mean_history_the_profile_and_the_a
 def test_an_item_is_its_column_of_the_output_layer_and_its_bias():
     towers = _towers()
     towers.item(np.arange(ITEMS))
-    weights, bias = np.split(np.random.default_rng(0).normal(size=(ITEMS, DIM + 1)), [DIM], axis=1)
-    towers.item.set_weights([np.concatenate([weights, bias], axis=1)])
+    table = np.random.default_rng(0).normal(size=(ITEMS, DIM + 1))
+    towers.item.set_weights([table])
     output = keras.layers.Dense(ITEMS)
     output.build((None, DIM))
-    output.set_weights([weights.T, bias[:, 0]])
+    output.set_weights([table[:, :DIM].T, table[:, DIM]])
     query = np.asarray(towers.query(INPUTS))
     scores = query @ np.asarray(towers.item(np.arange(ITEMS))).T
     np.testing.assert_allclose(scores, output(query[:, :DIM]), rtol=1e-5, atol=1e-6)
