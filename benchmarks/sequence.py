@@ -40,15 +40,13 @@ LONG_FIT = {"epochs": 60, "patience": 5, "prefixes": 0}
 SAMPLED = {"loss": "sampled_softmax", "sampler": "uniform", "sample": NEGATIVES}
 
 TRIALS = (
-    Trial("sasrec", "sasrec", {**LONG_FIT, "loss": "softmax"}),
-    Trial("sasrec, dropout 0.5", "sasrec", {**LONG_FIT, "loss": "softmax", "dropout": 0.5}),
-    Trial("sasrec, 128 dimensions", "sasrec", {**LONG_FIT, "loss": "softmax", "dim": 128, "dropout": 0.5}),
-    Trial(f"sasrec, {NEGATIVES} negatives", "sasrec", {**LONG_FIT, **SAMPLED}),
-    Trial("sasrec, one negative", "sasrec", {**LONG_FIT, "loss": "binary", "sampler": "uniform"}),
-    Trial("gru4rec", "gru4rec", {**LONG_FIT, "loss": "softmax"}),
-    Trial("gru4rec, bpr_max", "gru4rec", {**LONG_FIT, "loss": "bpr_max", "sample": 2048}),
-    Trial("narm", "narm", {**LONG_FIT, "loss": "softmax"}),
-    Trial("bert4rec", "bert4rec", {**LONG_FIT, "loss": "softmax", "epochs": 120, "patience": 10}),
+    Trial("sasrec", "sasrec", {**LONG_FIT, **SAMPLED, "sample": 16000, "dropout": 0.6, "patience": 10}),
+    Trial(f"sasrec, {NEGATIVES} negatives", "sasrec", {**LONG_FIT, **SAMPLED, "dropout": 0.6}),
+    Trial("sasrec, one negative", "sasrec", {**LONG_FIT, "loss": "binary", "sampler": "uniform", "dropout": 0.5}),
+    Trial("gru4rec", "gru4rec", {**LONG_FIT, **SAMPLED, "dropout": 0.5}),
+    Trial("gru4rec, bpr_max", "gru4rec", {**LONG_FIT, "loss": "bpr_max", "sample": 2048, "dropout": 0.5}),
+    Trial("narm", "narm", {**LONG_FIT, **SAMPLED}),
+    Trial("bert4rec", "bert4rec", {**LONG_FIT, **SAMPLED, "epochs": 120, "patience": 10}),
     Trial("attrec", "attrec", LONG_FIT),
     Trial("shan", "shan", LONG_FIT),
     Trial("transrec", "transrec", LONG_FIT),
