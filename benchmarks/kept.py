@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,10 @@ def once(
     Args:
         name: how the file's name begins.
         spec: all that the figures depend on besides the code.
-        modules: those whose code they depend on, with all that these import of the library.
+        modules: those whose code they depend on, with what `parts` finds that these import of the library.
         again: measure what is there of other code. If not it is taken, and `FORMER` is among the figures.
     """
-    digest = code(sources(modules))
+    digest = code(parts(modules).values())
     kept = folder / f"{name}-{hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]}.json"
     if kept.exists():
         there = json.loads(kept.read_text())
@@ -57,31 +59,71 @@ def say_former(runs: Iterable[Mapping[str, Any]]) -> None:
         print(f"\n{sum(told)} of {len(told)} runs were measured before the code changed; AGAIN=1 measures them again")
 
 
-def sources(modules: Iterable[str]) -> list[Path]:
-    """The files of modules, and of what these import of the library, by their names."""
-    left = list(modules)
-    found: dict[str, Path] = {}
+def parts(modules: Iterable[str]) -> dict[tuple[str, int], ast.stmt]:
+    """The statements that modules run: all of theirs, and of what they import of the library what is asked for by name.
+
+    A function is run with what it names of its own module, and with what that imports. Keys are the module and the
+    statement's place in it.
+    """
+    left: list[tuple[str, str | None]] = [(module, None) for module in modules]
+    seen: set[tuple[str, str | None]] = set()
+    found: dict[tuple[str, int], ast.stmt] = {}
     while left:
-        module = left.pop()
-        path = ROOT / module.replace(".", "/")
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if module in found or not path.exists():  # a name that is imported may be no module
+        module, name = left.pop()
+        if (module, name) in seen or not _path(module).exists():  # what is not of the library is not looked at
             continue
-        found[module] = path
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                left += [name.name for name in node.names if name.name.startswith("penstock")]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("penstock"):
-                left += [node.module or "", *(f"{node.module}.{name.name}" for name in node.names)]
-    return [found[module] for module in sorted(found)]
+        seen.add((module, name))
+        for place, statement in enumerate(_statements(module)):
+            binds = _names(statement)
+            if (module, place) in found or not (name is None or name in binds or not binds):
+                continue
+            found[module, place] = statement
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name):
+                    left.append((module, node.id))
+                elif isinstance(node, ast.Import):
+                    left += [(alias.name, None) for alias in node.names if alias.name.startswith("penstock")]
+                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("penstock"):
+                    left += [_imported(str(node.module), alias.name) for alias in node.names]
+    return {key: found[key] for key in sorted(found)}
 
 
-def code(files: Iterable[Path]) -> str:
-    """A digest of Python files as they run: comments and layout are not in it."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(ast.dump(ast.parse(file.read_text())).encode())
-    return digest.hexdigest()
+def _path(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _imported(module: str, name: str) -> tuple[str, str | None]:
+    """What `from module import name` asks for: a whole module, or a name of one."""
+    whole = f"{module}.{name}"
+    return (whole, None) if _path(whole).exists() else (module, name)
+
+
+@cache
+def _statements(module: str) -> list[ast.stmt]:
+    return ast.parse(_path(module).read_text()).body
+
+
+def _names(statement: ast.stmt) -> set[str]:
+    """What a statement of a module binds; none, and it runs whatever is asked for."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return {statement.name}
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def code(statements: Iterable[ast.stmt]) -> str:
+    """A digest of Python as it runs: comments, layout and docstrings are not in it."""
+    runs = _Bare().visit(ast.Module(copy.deepcopy(list(statements)), type_ignores=[]))
+    return hashlib.sha256(ast.dump(runs).encode()).hexdigest()
+
+
+class _Bare(ast.NodeTransformer):
+    """Leaves out statements that are a string alone."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 
 def window(examples: Path) -> str:

@@ -9,6 +9,7 @@ histories are of items that lie near one of `benchmarks.index.of_topics`' users,
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import time
@@ -74,9 +75,9 @@ QUICK = Size(30_000, 500)
 
 def home(build: Path, size: Size) -> Path:
     """The home of a size below `build`, made if it is not there as the code would make it now."""
-    mark = json.dumps(
-        {"size": asdict(size), "code": code(ROOT / name for name in (*MADE_BY, f"penstock/rank/{size.rank}.py"))}
-    )
+    files = [ROOT / name for name in (*MADE_BY, f"penstock/rank/{size.rank}.py")]
+    made_by = code(statement for file in files for statement in ast.parse(file.read_text()).body)
+    mark = json.dumps({"size": asdict(size), "code": made_by})
     path = build / f"home-{size.items}"
     if (path / "made.json").exists() and (path / "made.json").read_text() == mark:
         return path

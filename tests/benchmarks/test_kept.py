@@ -1,6 +1,11 @@
 from __future__ import annotations
 
-from benchmarks.kept import FORMER, code, once, say_former, sources
+import ast
+
+import pytest
+
+from benchmarks import kept
+from benchmarks.kept import FORMER, code, once, parts, say_former
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path):
@@ -28,15 +33,56 @@ def test_what_is_of_former_code_is_said(capsys):
     assert "1 of 3 runs were measured before the code changed" in capsys.readouterr().out
 
 
-def test_code_is_what_runs(tmp_path):
-    file = tmp_path / "a.py"
-    digests = []
-    for text in ("x = 1\n", "x = 1  # one\n\n", "x = 2\n"):
-        file.write_text(text)
-        digests.append(code([file]))
-    assert digests[0] == digests[1] != digests[2]
+def test_code_is_what_runs():
+    texts = (
+        "x = 1",
+        "x = 1  # one\n",
+        '"""Says."""\nx = 1',
+        'def f():\n    """Says."""\n    return 1',
+        "def f(): return 1",
+        "x = 2",
+    )
+    digests = [code(ast.parse(text).body) for text in texts]
+    assert digests[0] == digests[1] == digests[2]
+    assert digests[3] == digests[4]
+    assert len(set(digests)) == 3
 
 
-def test_sources_follow_imports_of_the_library_alone():
-    assert [path.name for path in sources(["penstock.layers.quantile"])] == ["quantile.py"]
-    assert sources(["polars"]) == []
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A library of two modules; gives the digest of the first, after a module was written anew."""
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
+    (tmp_path / "penstock").mkdir()
+    (tmp_path / "penstock" / "a.py").write_text("from penstock.b import used\nimport polars\nx = used()\n")
+
+    def digest(b):
+        (tmp_path / "penstock" / "b.py").write_text(b)
+        kept._statements.cache_clear()
+        return code(parts(["penstock.a"]).values())
+
+    yield digest
+    kept._statements.cache_clear()
+
+
+B = "DEEP = 1\nOTHER = 2\ndef deep(): return DEEP\ndef used(): return deep()\ndef unused(): return OTHER\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "depends"),
+    [
+        ("DEEP = 1", "DEEP = 3", True),  # named by what is named
+        ("OTHER = 2", "OTHER = 3", False),
+        ("return OTHER", "return 0", False),
+        ("return deep()", "return -deep()", True),
+        ("OTHER = 2", "OTHER = 2\nprint()", True),  # runs whatever is asked for
+        ("OTHER = 2", "OTHER = 2\nOTHER += 1", False),
+        ("DEEP = 1", "from penstock.c import DEEP", True),
+    ],
+)
+def test_of_what_is_imported_that_counts_which_is_named(library, old, new, depends):
+    assert (library(B) != library(B.replace(old, new))) == depends
+
+
+def test_the_library_alone_is_looked_at():
+    assert {module for module, _ in parts(["penstock.layers.quantile"])} == {"penstock.layers.quantile"}
+    assert parts(["polars"]) == {}
