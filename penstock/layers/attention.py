@@ -109,20 +109,24 @@ class MultiHeadAttention(keras.layers.Layer):
         heads: h.
         dim: of the result; a head has dim / heads.
         scaled: divides scores by the root of a head's dim.
+        initializer: of the kernels, as Keras knows it.
 
     Raises:
         ValueError: dim is no multiple of heads.
     """
 
-    def __init__(self, heads: int, dim: int, scaled: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, heads: int, dim: int, scaled: bool = True, initializer: Any = "glorot_uniform", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if heads < 1 or dim % heads:
             raise ValueError(f"{dim} dimensions cannot be shared by {heads} heads")
         self.heads = heads
         self.dim = dim
         self.scaled = scaled
+        self.initializer = keras.initializers.get(initializer)
         self.of_queries, self.of_keys, self.of_values, self.joined = (
-            keras.layers.Dense(dim, use_bias=False) for _ in range(4)
+            keras.layers.Dense(dim, use_bias=False, kernel_initializer=self.initializer.clone()) for _ in range(4)
         )
 
     def build(self, queries_shape: Any, keys_shape: Any, *masks_shape: Any, **_: Any) -> None:
@@ -147,7 +151,8 @@ class MultiHeadAttention(keras.layers.Layer):
         return ops.transpose(parts, (0, 2, 1, 3))
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "heads": self.heads, "dim": self.dim, "scaled": self.scaled}
+        own = {"heads": self.heads, "dim": self.dim, "scaled": self.scaled}
+        return {**super().get_config(), **own, "initializer": keras.initializers.serialize(self.initializer)}
 
 
 @keras.saving.register_keras_serializable("penstock")
@@ -164,6 +169,7 @@ class Transformer(keras.layers.Layer):
         activation: f.
         causal: a place looks at none behind it.
         norm_first: the norm stands first.
+        initializer: of the kernels, as Keras knows it.
     """
 
     def __init__(
@@ -175,12 +181,13 @@ class Transformer(keras.layers.Layer):
         dropout: float,
         causal: bool = False,
         norm_first: bool = False,
+        initializer: Any = "glorot_uniform",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.heads = MultiHeadAttention(heads, dim)
-        self.wide = keras.layers.Dense(units, activation)
-        self.narrow = keras.layers.Dense(dim)
+        self.heads = MultiHeadAttention(heads, dim, initializer=initializer)
+        self.wide = keras.layers.Dense(units, activation, kernel_initializer=self.heads.initializer.clone())
+        self.narrow = keras.layers.Dense(dim, kernel_initializer=self.heads.initializer.clone())
         self.norms = [keras.layers.LayerNormalization(epsilon=1e-6) for _ in range(2)]
         self.dropout = keras.layers.Dropout(dropout)
         self.causal = causal
@@ -209,4 +216,5 @@ class Transformer(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         own = {"heads": self.heads.heads, "dim": self.heads.dim, "units": self.wide.units}
         own |= {"activation": keras.activations.serialize(self.wide.activation), "dropout": self.dropout.rate}
-        return {**super().get_config(), **own, "causal": self.causal, "norm_first": self.norm_first}
+        own |= {"causal": self.causal, "norm_first": self.norm_first}
+        return {**super().get_config(), **own, "initializer": keras.initializers.serialize(self.heads.initializer)}

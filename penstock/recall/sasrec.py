@@ -45,7 +45,7 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
     """
     (history,) = schema.named("history_items")
     inputs = inputs_of((history,))
-    items = Embedding(schema.size("item_id"), config.dim, keras.initializers.RandomNormal(stddev=0.02), name="items")
+    items = Embedding(schema.size("item_id"), config.dim, _small(), name="items")
     encoder = CausalAttention(items, history.length + 1, config, name="encoder")
     query = AfterAll(encoder, name="after_all")(inputs["history_items"])
     return Towers(keras.Model(inputs, query, name="query"), items, pairs=AfterEach(ByLength(encoder)))
@@ -61,7 +61,7 @@ class CausalAttention(keras.layers.Layer):
     def __init__(self, items: Embedding, length: int, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.items = items
-        self.places = Places(length, config.dim, keras.initializers.RandomNormal(stddev=0.02))
+        self.places = Places(length, config.dim, _small())
         self.blocks = [
             Transformer(
                 config.heads,
@@ -71,6 +71,7 @@ class CausalAttention(keras.layers.Layer):
                 config.dropout,
                 causal=True,
                 norm_first=True,
+                initializer=_small(),
             )
             for _ in range(config.blocks)
         ]
@@ -92,3 +93,12 @@ class CausalAttention(keras.layers.Layer):
         for block in self.blocks:
             vectors = block(vectors, present, training=training)
         return self.norm(vectors)
+
+
+def _small() -> keras.initializers.Initializer:
+    """A normal distribution of deviation 0.02: at first a state is little else than its item's vector.
+
+    What is near an item is thus likely to come next before anything is learnt of how items go on; from kernels of
+    variance 1/dim a state starts as a random image of all items, and most of training goes into the way back.
+    """
+    return keras.initializers.RandomNormal(stddev=0.02)

@@ -11,6 +11,7 @@ from penstock.layers.attention import (
     AdditiveScores,
     MultiHeadAttention,
     MultiplicativeScores,
+    Transformer,
     attend,
     dot_product,
     weights_of,
@@ -190,6 +191,24 @@ def test_heads_must_divide_the_dim():
 
 
 def test_the_layers_come_back_from_their_config():
-    for layer in (AdditiveScores(3), MultiplicativeScores(), MultiHeadAttention(2, 8, scaled=False)):
+    normal = keras.initializers.RandomNormal(stddev=0.02)
+    layers = (
+        AdditiveScores(3),
+        MultiplicativeScores(),
+        MultiHeadAttention(2, 8, scaled=False, initializer=normal),
+        Transformer(2, 8, 16, "relu", 0.1, causal=True, initializer=normal),
+    )
+    for layer in layers:
         config = layer.get_config()
         assert type(layer).from_config(config).get_config() == config
+
+
+def test_every_kernel_of_a_block_starts_from_the_initializer_and_on_its_own():
+    block = Transformer(2, 32, 32, "relu", 0.0, initializer=keras.initializers.RandomNormal(mean=3.0, stddev=0.02))
+    block.build((None, None, 32))
+    kernels = [np.asarray(weight) for weight in block.trainable_weights if weight.name == "kernel"]
+    assert len(kernels) == 6
+    for place, kernel in enumerate(kernels):
+        assert kernel.mean() == pytest.approx(3.0, abs=0.01)
+        assert kernel.std() == pytest.approx(0.02, rel=0.1)
+        assert all((kernel != other).any() for other in kernels[:place])

@@ -37,6 +37,14 @@ def test_a_later_item_changes_no_earlier_state_and_an_earlier_one_all_later(towe
         assert (np.abs(found[place + 1 :] - states[place + 1 :]).max(axis=1) > 1e-4).all()
 
 
+def test_before_anything_is_learnt_a_state_is_that_of_its_item():
+    keras.utils.set_random_seed(4)
+    towers = build(Config(dropout=0.0), SCHEMA, CATALOGUE)
+    for items in ([7], [2, 3, 4, 5, 6, 7], [7, 7, 7]):
+        vector, state = np.asarray(towers.item(np.array([7])))[0], np.asarray(towers.query(history(*items)))[0]
+        assert np.corrcoef(vector, state)[0, 1] > 0.9
+
+
 def _norm(layer, x):
     scale, shift = np.asarray(layer.gamma), np.asarray(layer.beta)
     return (x - x.mean()) / np.sqrt(x.var() + 1e-6) * scale + shift
