@@ -13,9 +13,9 @@ from penstock.catalogue import Catalogue
 from penstock.examples import FIRST, PADDING, Schema
 from penstock.layers.attention import Transformer
 from penstock.layers.by_length import ByLength
-from penstock.layers.embedding import inputs_of
+from penstock.layers.embedding import Embedding, inputs_of
 from penstock.layers.next_item import Places, appended
-from penstock.retrieval import BiasedItems, RecallConfig, Towers
+from penstock.retrieval import RecallConfig, Towers
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
     """The state of a mask behind the last item; each hidden item of a training sequence is told from all others.
 
     `P(i) = softmax(eᵢ · GELU(W h + b) + bᵢ)`, h of the mask (eq. 7), e the items' vectors in the sequence: the query is
-    that of `Bidirectional`, `[batch, dim + 1]`.
+    that of `Bidirectional`, `[batch, dim + 1]`. An item is `[eᵢ, bᵢ]`.
 
     Raises:
         ValueError: a share that is not in [0, 1], or none that is hidden.
@@ -55,7 +55,7 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
         raise ValueError(f"masked and last are shares, masked above 0, not {config.masked} and {config.last}")
     (history,) = schema.named("history_items")
     inputs = inputs_of((history,))
-    items = BiasedItems(schema.size("item_id"), config.dim, name="items")
+    items = Embedding(schema.size("item_id"), config.dim + 1, _vectors_and_bias, name="items")
     encoder = Bidirectional(items, history.length + 1, config, name="encoder")
     query = Masked(encoder, name="masked")(inputs["history_items"])
     return Towers(
@@ -70,23 +70,24 @@ class Bidirectional(keras.layers.Layer):
     (The norm behind the GELU is of the authors' code.)
     """
 
-    def __init__(self, items: BiasedItems, length: int, config: Config, **kwargs: Any) -> None:
+    def __init__(self, items: Embedding, length: int, config: Config, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_jit = backends.FIXED_SHAPES
         self.items = items
         self.dim = config.dim
-        self.places = Places(length, config.dim, keras.initializers.TruncatedNormal(stddev=0.02))
+        self.places = Places(length, config.dim, _small())
         self.blocks = [
-            Transformer(config.heads, config.dim, 4 * config.dim, "gelu", config.dropout) for _ in range(config.blocks)
+            Transformer(config.heads, config.dim, 4 * config.dim, "gelu", config.dropout, initializer=_small())
+            for _ in range(config.blocks)
         ]
         self.norms = [keras.layers.LayerNormalization(epsilon=1e-6) for _ in range(2)]
-        self.projection = keras.layers.Dense(config.dim, "gelu")
+        self.projection = keras.layers.Dense(config.dim, "gelu", kernel_initializer=_small())
         self.dropout = keras.layers.Dropout(config.dropout)
 
     def build(self, items_shape: Any, hidden_shape: Any = None) -> None:
         if not self.items.built:
-            self.items(ops.zeros((1,), "int32"))
-        self.mask = self.add_weight((self.dim,), keras.initializers.TruncatedNormal(stddev=self.dim**-0.5), name="mask")
+            self.items.build(items_shape)
+        self.mask = self.add_weight((self.dim,), _small(), name="mask")
         self.places.build(items_shape)
         for layer in (*self.blocks, *self.norms, self.projection):
             layer.build((None, None, self.dim))
@@ -157,3 +158,13 @@ def with_next(items: Any, last: Any) -> tuple[Any, Any]:
 def _at(places: Any, items: Any) -> Any:
     """Which place of each sequence it is: `[batch]`, `[batch, length]` → bool `[batch, length]`."""
     return ops.equal(ops.arange(ops.shape(items)[1], dtype="int32"), places[:, None])
+
+
+def _small() -> keras.initializers.Initializer:
+    """Of deviation 0.02, cut at twice that: so all weights start in the authors' code."""
+    return keras.initializers.TruncatedNormal(stddev=0.02)
+
+
+def _vectors_and_bias(shape: tuple[int, int], dtype: Any = None) -> Any:
+    """Items' vectors, and their biases from 0: `[items, dim + 1]`."""
+    return ops.pad(_small()((shape[0], shape[1] - 1), dtype), [[0, 0], [0, 1]])

@@ -22,7 +22,7 @@ def _encoder(name):
         config = narm.Config(dim=4, units=5, input_dropout=0.0, output_dropout=0.0)
         return narm.GlobalAndLocal(Embedding(9, 4), config)
     config = bert4rec.Config(dim=4, dropout=0.0)
-    return bert4rec.Bidirectional(BiasedItems(9, 4), 8, config)
+    return bert4rec.Bidirectional(Embedding(9, 5), 8, config)
 
 
 def _sequences(lengths, longest):

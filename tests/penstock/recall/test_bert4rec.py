@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from penstock.recall.bert4rec import Cloze, Config, build, with_next
-from tests.penstock.recall.histories import CATALOGUE, LENGTH, SCHEMA, history
+from tests.penstock.recall.histories import CATALOGUE, ITEMS, LENGTH, SCHEMA, history
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +82,11 @@ def test_a_full_history_has_a_place_for_the_mask(towers):
 def test_shares_out_of_range_are_named():
     with pytest.raises(ValueError, match=r"masked above 0, not 0\.0"):
         build(Config(masked=0.0), SCHEMA, CATALOGUE)
+
+
+def test_an_item_starts_as_a_small_vector_and_no_bias():
+    keras.utils.set_random_seed(4)
+    items = np.asarray(build(Config(), SCHEMA, CATALOGUE).item(np.arange(ITEMS)))
+    assert items.shape == (ITEMS, Config().dim + 1)
+    assert 0.01 < items[:, :-1].std() < 0.03
+    assert not items[:, -1].any()
