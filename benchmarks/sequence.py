@@ -37,17 +37,20 @@ NEGATIVES = 3000
 LONG_FIT = {"epochs": 60, "patience": 5, "prefixes": 0}
 """Every item of a history is a row of its own: there are no others to make of it."""
 
+SLOW_FIT = LONG_FIT | {"epochs": 200, "patience": 20}
+"""For those that go on finding more after the mean rank has stopped to fall."""
+
 SAMPLED = {"loss": "sampled_softmax", "sampler": "uniform", "sample": NEGATIVES}
 
 TRIALS = (
-    Trial("sasrec", "sasrec", {**LONG_FIT, **SAMPLED, "sample": 16000, "dropout": 0.6, "patience": 10}),
-    Trial(f"sasrec, {NEGATIVES} negatives", "sasrec", {**LONG_FIT, **SAMPLED, "dropout": 0.6}),
-    Trial("sasrec, one negative", "sasrec", {**LONG_FIT, "loss": "binary", "sampler": "uniform", "dropout": 0.5}),
+    Trial("sasrec", "sasrec", {**LONG_FIT, **SAMPLED, "sample": 16000, "dropout": 0.5, "patience": 10}),
+    Trial(f"sasrec, {NEGATIVES} negatives", "sasrec", {**LONG_FIT, **SAMPLED, "dropout": 0.5, "patience": 10}),
+    Trial("sasrec, one negative", "sasrec", {**SLOW_FIT, "loss": "binary", "sampler": "uniform", "dropout": 0.2}),
     Trial("gru4rec", "gru4rec", {**LONG_FIT, **SAMPLED, "dropout": 0.5}),
     Trial("gru4rec, bpr_max", "gru4rec", {**LONG_FIT, "loss": "bpr_max", "sample": 2048, "dropout": 0.5}),
     Trial("narm", "narm", {**LONG_FIT, **SAMPLED}),
-    Trial("bert4rec", "bert4rec", {**LONG_FIT, **SAMPLED, "epochs": 120, "patience": 10}),
-    Trial("attrec", "attrec", LONG_FIT),
+    Trial("bert4rec", "bert4rec", {**SLOW_FIT, **SAMPLED, "dropout": 0.1}),
+    Trial("attrec", "attrec", {**LONG_FIT, "patience": 15}),
     Trial("shan", "shan", LONG_FIT),
     Trial("transrec", "transrec", LONG_FIT),
     Trial("binn", "binn", LONG_FIT),
