@@ -38,7 +38,7 @@ LONG_FIT = {"epochs": 60, "patience": 5, "prefixes": 0}
 """Every item of a history is a row of its own: there are no others to make of it."""
 
 SLOW_FIT = LONG_FIT | {"epochs": 200, "patience": 20}
-"""For those that go on finding more after the mean rank has stopped to fall."""
+"""For those that still find more in the first places when the whole ranking has long got no better."""
 
 SAMPLED = {"loss": "sampled_softmax", "sampler": "uniform", "sample": NEGATIVES}
 
