@@ -49,7 +49,7 @@ TRIALS = (
     Trial("gru4rec", "gru4rec", {**LONG_FIT, **SAMPLED, "dropout": 0.5}),
     Trial("gru4rec, bpr_max", "gru4rec", {**LONG_FIT, "loss": "bpr_max", "sample": 2048, "dropout": 0.5}),
     Trial("narm", "narm", {**LONG_FIT, **SAMPLED}),
-    Trial("bert4rec", "bert4rec", {**SLOW_FIT, **SAMPLED, "dropout": 0.1}),
+    Trial("bert4rec", "bert4rec", {**SLOW_FIT, **SAMPLED, "sample": 16000, "dropout": 0.2}),
     Trial("attrec", "attrec", {**LONG_FIT, "patience": 15}),
     Trial("shan", "shan", LONG_FIT),
     Trial("transrec", "transrec", LONG_FIT),
