@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -73,7 +72,7 @@ def parts(modules: Iterable[str]) -> dict[tuple[str, int], ast.stmt]:
         if (module, name) in seen or not _path(module).exists():  # what is not of the library is not looked at
             continue
         seen.add((module, name))
-        for place, statement in enumerate(_statements(module)):
+        for place, statement in enumerate(statements(_path(module))):
             binds = _names(statement)
             if (module, place) in found or not (name is None or name in binds or not binds):
                 continue
@@ -99,24 +98,25 @@ def _imported(module: str, name: str) -> tuple[str, str | None]:
     return (whole, None) if _path(whole).exists() else (module, name)
 
 
-@cache
-def _statements(module: str) -> list[ast.stmt]:
-    return ast.parse(_path(module).read_text()).body
-
-
 def _names(statement: ast.stmt) -> set[str]:
     """What a statement of a module binds; none, and it runs whatever is asked for."""
     if isinstance(statement, ast.Import | ast.ImportFrom):
         return {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
-    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {statement.name}
-    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        stored = (
+            node for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        )
+        return {node.id for node in stored}
+    return set()
 
 
-def code(statements: Iterable[ast.stmt]) -> str:
-    """A digest of Python as it runs: comments, layout and docstrings are not in it."""
-    runs = _Bare().visit(ast.Module(copy.deepcopy(list(statements)), type_ignores=[]))
-    return hashlib.sha256(ast.dump(runs).encode()).hexdigest()
+@cache
+def statements(path: Path) -> list[ast.stmt]:
+    """Those of a Python file that run: docstrings are not among them."""
+    module = _Bare().visit(ast.parse(path.read_text()))
+    return list(module.body)
 
 
 class _Bare(ast.NodeTransformer):
@@ -124,6 +124,11 @@ class _Bare(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+
+def code(statements: Iterable[ast.stmt]) -> str:
+    """A digest of statements as they run: comments and layout are not in it."""
+    return hashlib.sha256(ast.dump(ast.Module(list(statements), type_ignores=[])).encode()).hexdigest()
 
 
 def window(examples: Path) -> str:

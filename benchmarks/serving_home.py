@@ -9,7 +9,6 @@ histories are of items that lie near one of `benchmarks.index.of_topics`' users,
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 import time
@@ -26,7 +25,7 @@ import polars as pl
 
 import penstock
 from benchmarks import index as made_up
-from benchmarks.kept import ROOT, code
+from benchmarks.kept import ROOT, code, statements
 from feature_repo.materialised import Materialised, write_materialised
 from feature_repo.store import EPOCH, apply, newest_rows, write_online
 from penstock import export, objectives, release, routing
@@ -76,7 +75,7 @@ QUICK = Size(30_000, 500)
 def home(build: Path, size: Size) -> Path:
     """The home of a size below `build`, made if it is not there as the code would make it now."""
     files = [ROOT / name for name in (*MADE_BY, f"penstock/rank/{size.rank}.py")]
-    made_by = code(statement for file in files for statement in ast.parse(file.read_text()).body)
+    made_by = code(statement for file in files for statement in statements(file))
     mark = json.dumps({"size": asdict(size), "code": made_by})
     path = build / f"home-{size.items}"
     if (path / "made.json").exists() and (path / "made.json").read_text() == mark:

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import ast
-
 import pytest
 
 from benchmarks import kept
-from benchmarks.kept import FORMER, code, once, parts, say_former
+from benchmarks.kept import FORMER, code, once, parts, say_former, statements
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path):
@@ -33,7 +31,7 @@ def test_what_is_of_former_code_is_said(capsys):
     assert "1 of 3 runs were measured before the code changed" in capsys.readouterr().out
 
 
-def test_code_is_what_runs():
+def test_code_is_what_runs(tmp_path):
     texts = (
         "x = 1",
         "x = 1  # one\n",
@@ -42,7 +40,11 @@ def test_code_is_what_runs():
         "def f(): return 1",
         "x = 2",
     )
-    digests = [code(ast.parse(text).body) for text in texts]
+    digests = []
+    for place, text in enumerate(texts):
+        file = tmp_path / f"{place}.py"
+        file.write_text(text)
+        digests.append(code(statements(file)))
     assert digests[0] == digests[1] == digests[2]
     assert digests[3] == digests[4]
     assert len(set(digests)) == 3
@@ -57,11 +59,11 @@ def library(tmp_path, monkeypatch):
 
     def digest(b):
         (tmp_path / "penstock" / "b.py").write_text(b)
-        kept._statements.cache_clear()
+        statements.cache_clear()
         return code(parts(["penstock.a"]).values())
 
     yield digest
-    kept._statements.cache_clear()
+    statements.cache_clear()
 
 
 B = "DEEP = 1\nOTHER = 2\ndef deep(): return DEEP\ndef used(): return deep()\ndef unused(): return OTHER\n"
@@ -76,6 +78,9 @@ B = "DEEP = 1\nOTHER = 2\ndef deep(): return DEEP\ndef used(): return deep()\nde
         ("return deep()", "return -deep()", True),
         ("OTHER = 2", "OTHER = 2\nprint()", True),  # runs whatever is asked for
         ("OTHER = 2", "OTHER = 2\nOTHER += 1", False),
+        ("OTHER = 2", "OTHER = 2\nif OTHER: from penstock.c import used", True),  # what it binds hangs on what it finds
+        ("OTHER = 2", "OTHER = 2\ntry: import polars\nexcept ImportError: OTHER = 3", True),
+        ("def unused", "async def unused", False),
         ("DEEP = 1", "from penstock.c import DEEP", True),
     ],
 )
