@@ -40,10 +40,13 @@ LONG_FIT = {"epochs": 60, "patience": 5, "prefixes": 0}
 SLOW_FIT = LONG_FIT | {"epochs": 200, "patience": 20}
 """For those that still find more in the first places when the whole ranking has long got no better."""
 
+FALLING_FIT = LONG_FIT | {"epochs": 20, "patience": 20, "last_rate": 0.02}
+"""For what finds most when its steps grow small: a stop by patience would end it before they are."""
+
 SAMPLED = {"loss": "sampled_softmax", "sampler": "uniform", "sample": NEGATIVES}
 
 TRIALS = (
-    Trial("sasrec", "sasrec", {**LONG_FIT, **SAMPLED, "sample": 16000, "dropout": 0.5, "patience": 10}),
+    Trial("sasrec", "sasrec", {**FALLING_FIT, **SAMPLED, "sample": 16000, "dropout": 0.5}),
     Trial(f"sasrec, {NEGATIVES} negatives", "sasrec", {**LONG_FIT, **SAMPLED, "dropout": 0.5, "patience": 10}),
     Trial("sasrec, one negative", "sasrec", {**SLOW_FIT, "loss": "binary", "sampler": "uniform", "dropout": 0.2}),
     Trial("gru4rec", "gru4rec", {**LONG_FIT, **SAMPLED, "dropout": 0.5}),
