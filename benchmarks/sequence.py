@@ -46,7 +46,7 @@ FALLING_FIT = LONG_FIT | {"epochs": 20, "patience": 20, "last_rate": 0.02}
 SAMPLED = {"loss": "sampled_softmax", "sampler": "uniform", "sample": NEGATIVES}
 
 TRIALS = (
-    Trial("sasrec", "sasrec", {**FALLING_FIT, **SAMPLED, "sample": 16000, "dropout": 0.5}),
+    Trial("sasrec", "sasrec", {**FALLING_FIT, **SAMPLED, "sampler": "unigram", "sample": 16000, "dropout": 0.5}),
     Trial(f"sasrec, {NEGATIVES} negatives", "sasrec", {**LONG_FIT, **SAMPLED, "dropout": 0.5, "patience": 10}),
     Trial("sasrec, one negative", "sasrec", {**SLOW_FIT, "loss": "binary", "sampler": "uniform", "dropout": 0.2}),
     Trial("gru4rec", "gru4rec", {**LONG_FIT, **SAMPLED, "dropout": 0.5}),
