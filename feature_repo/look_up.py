@@ -14,13 +14,12 @@ import pandas as pd
 import polars as pl
 import polars.selectors as selectors
 import pyarrow as pa
-from feast import FeatureView, OnDemandFeatureView, RepoConfig
+from feast import FeatureView, RepoConfig
 from feast.data_source import DataSource
-from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
-from feast.infra.offline_stores.offline_utils import infer_event_timestamp_from_entity_df
+from feast.infra.offline_stores.offline_store import RetrievalJob
 from feast.infra.registry.base_registry import BaseRegistry
 
-from feature_repo.offline_store import PointInTimeRetrievalJob
+from feature_repo.offline_store import historical_job
 from penstock.point_in_time import PointInTimeError
 
 ROW, TIME = "asked_row", "asked_time"
@@ -50,7 +49,7 @@ LookUp = Callable[[Asked], pl.DataFrame]
 """The features in force for each of the rows, in their order; null where there is none."""
 
 
-def historical_job(
+def looked_up(
     config: RepoConfig,
     feature_views: Sequence[FeatureView],
     feature_refs: list[str],
@@ -66,12 +65,8 @@ def historical_job(
         NotImplementedError: `entity_df` is SQL, or missing for a range of time.
         PointInTimeError: names collide, or the entity rows have no such key.
     """
-    if not isinstance(entity_df, pd.DataFrame):
-        raise NotImplementedError(f"this store joins to a pandas DataFrame, not to {type(entity_df).__name__}")
-    time = infer_event_timestamp_from_entity_df(dict(zip(entity_df.columns, entity_df.dtypes, strict=True)))
 
-    def join() -> pa.Table:
-        table = pa.Table.from_pandas(entity_df, preserve_index=False)
+    def join(table: pa.Table, time: str) -> pa.Table:
         for view in feature_views:
             name = view.projection.name_to_use()
             wanted = [feature for of, _, feature in (ref.partition(":") for ref in feature_refs) if of == name]
@@ -84,18 +79,7 @@ def historical_job(
                 table = table.append_column(prefix + feature, column)
         return table
 
-    return PointInTimeRetrievalJob(
-        join,
-        str(config.repo_path),
-        full_feature_names,
-        OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
-        RetrievalMetadata(
-            features=feature_refs,
-            keys=[name for name in entity_df.columns if name != time],
-            min_event_timestamp=None if entity_df.empty else entity_df[time].min(),
-            max_event_timestamp=None if entity_df.empty else entity_df[time].max(),
-        ),
-    )
+    return historical_job(config, feature_refs, entity_df, registry, project, full_feature_names, join)
 
 
 def _asked(table: pa.Table, time: str, view: FeatureView, wanted: Sequence[str]) -> tuple[Asked, pl.Series]:

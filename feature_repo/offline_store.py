@@ -72,13 +72,8 @@ class PointInTimeOfflineStore(DuckDBOfflineStore):
             NotImplementedError: `entity_df` is SQL, or missing for a range of time.
             PointInTimeError: a source is no Parquet file or lacks a column, dtypes of keys differ, names collide.
         """
-        if not isinstance(entity_df, pd.DataFrame):
-            given = "SQL" if isinstance(entity_df, str) else "a range of time" if entity_df is None else type(entity_df)
-            raise NotImplementedError(f"PointInTimeOfflineStore joins to a pandas DataFrame, not to {given}")
-        time = infer_event_timestamp_from_entity_df(dict(zip(entity_df.columns, entity_df.dtypes, strict=True)))
 
-        def join() -> pa.Table:
-            table = pa.Table.from_pandas(entity_df, preserve_index=False)
+        def join(table: pa.Table, time: str) -> pa.Table:
             for view in feature_views:
                 try:
                     table = _with_features(table, time, view, feature_refs, full_feature_names, config.repo_path)
@@ -86,18 +81,7 @@ class PointInTimeOfflineStore(DuckDBOfflineStore):
                     raise PointInTimeError(f"feature view {view.projection.name_to_use()}: {error}") from error
             return table
 
-        return PointInTimeRetrievalJob(
-            join,
-            str(config.repo_path),
-            full_feature_names,
-            OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
-            RetrievalMetadata(
-                features=feature_refs,
-                keys=[name for name in entity_df.columns if name != time],
-                min_event_timestamp=None if entity_df.empty else entity_df[time].min(),
-                max_event_timestamp=None if entity_df.empty else entity_df[time].max(),
-            ),
-        )
+        return historical_job(config, feature_refs, entity_df, registry, project, full_feature_names, join)
 
     @staticmethod
     def pull_latest_from_table_or_query(
@@ -201,6 +185,38 @@ class PointInTimeRetrievalJob(RetrievalJob):
         """Writes the table, with what on-demand views made of it, where `storage` says."""
         table = ibis.memtable(self.to_arrow())
         _write_data_source(table, storage.to_data_source(), self._repo_path, "overwrite", allow_overwrite)
+
+
+def historical_job(
+    config: RepoConfig,
+    feature_refs: list[str],
+    entity_df: pd.DataFrame | str | None,
+    registry: BaseRegistry,
+    project: str,
+    full_feature_names: bool,
+    join: Callable[[pa.Table, str], pa.Table],
+) -> RetrievalJob:
+    """A job that gives what `join` makes of the entity rows and the name of their time.
+
+    Raises:
+        NotImplementedError: `entity_df` is SQL, or missing for a range of time.
+    """
+    if not isinstance(entity_df, pd.DataFrame):
+        given = "SQL" if isinstance(entity_df, str) else "a range of time" if entity_df is None else type(entity_df)
+        raise NotImplementedError(f"this store joins to a pandas DataFrame, not to {given}")
+    time = infer_event_timestamp_from_entity_df(dict(zip(entity_df.columns, entity_df.dtypes, strict=True)))
+    return PointInTimeRetrievalJob(
+        lambda: join(pa.Table.from_pandas(entity_df, preserve_index=False), time),
+        str(config.repo_path),
+        full_feature_names,
+        OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
+        RetrievalMetadata(
+            features=feature_refs,
+            keys=[name for name in entity_df.columns if name != time],
+            min_event_timestamp=None if entity_df.empty else entity_df[time].min(),
+            max_event_timestamp=None if entity_df.empty else entity_df[time].max(),
+        ),
+    )
 
 
 def _with_features(

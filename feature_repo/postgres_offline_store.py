@@ -30,7 +30,7 @@ from feast.infra.utils.postgres.connection_utils import _get_conn
 from feast.infra.utils.postgres.postgres_config import PostgreSQLConfig
 from psycopg import Connection, sql
 
-from feature_repo.look_up import ROW, TIME, Asked, historical_job
+from feature_repo.look_up import ROW, TIME, Asked, looked_up
 from feature_repo.offline_store import PointInTimeRetrievalJob
 from penstock.point_in_time import PointInTimeError
 
@@ -80,7 +80,7 @@ class PointInTimePostgreSQLOfflineStore(PostgreSQLOfflineStore):
         filter_by_created_timestamp: bool = True,
         **kwargs: Any,
     ) -> RetrievalJob:
-        """The job of `historical_job`.
+        """The job of `looked_up`.
 
         `filter_by_created_timestamp` changes nothing: what had not arrived is never seen, with False as with True.
         """
@@ -89,9 +89,7 @@ class PointInTimePostgreSQLOfflineStore(PostgreSQLOfflineStore):
             with _get_conn(config.offline_store) as connection:
                 return _look_up(connection, asked)
 
-        return historical_job(
-            config, feature_views, feature_refs, entity_df, registry, project, full_feature_names, look_up
-        )
+        return looked_up(config, feature_views, feature_refs, entity_df, registry, project, full_feature_names, look_up)
 
     @staticmethod
     def pull_latest_from_table_or_query(

@@ -30,7 +30,7 @@ from feast.infra.registry.base_registry import BaseRegistry
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F  # noqa: N812 - as all of Spark's documentation has it
 
-from feature_repo.look_up import ROW, TIME, Asked, historical_job
+from feature_repo.look_up import ROW, TIME, Asked, looked_up
 from feature_repo.offline_store import PointInTimeRetrievalJob
 
 
@@ -57,7 +57,7 @@ class PointInTimeSparkOfflineStore(SparkOfflineStore):
         filter_by_created_timestamp: bool = True,
         **kwargs: Any,
     ) -> RetrievalJob:
-        """The job of `historical_job`.
+        """The job of `looked_up`.
 
         `filter_by_created_timestamp` changes nothing: what had not arrived is never seen, with False as with True.
         """
@@ -67,9 +67,7 @@ class PointInTimeSparkOfflineStore(SparkOfflineStore):
             with tempfile.TemporaryDirectory(dir=config.offline_store.staging_location) as folder:
                 return _look_up(spark, asked, Path(folder))
 
-        return historical_job(
-            config, feature_views, feature_refs, entity_df, registry, project, full_feature_names, look_up
-        )
+        return looked_up(config, feature_views, feature_refs, entity_df, registry, project, full_feature_names, look_up)
 
     @staticmethod
     def pull_latest_from_table_or_query(
