@@ -44,15 +44,16 @@ FALLING_FIT = LONG_FIT | {"epochs": 20, "patience": 20, "last_rate": 0.02}
 """For what finds most when its steps grow small: a stop by patience would end it before they are."""
 
 SAMPLED = {"loss": "sampled_softmax", "sampler": "uniform", "sample": NEGATIVES}
+MANY = {"loss": "sampled_softmax", "sampler": "unigram", "sample": 16000}
 
 TRIALS = (
-    Trial("sasrec", "sasrec", {**FALLING_FIT, **SAMPLED, "sampler": "unigram", "sample": 16000, "dropout": 0.5}),
+    Trial("sasrec", "sasrec", {**FALLING_FIT, **MANY, "dropout": 0.5}),
     Trial(f"sasrec, {NEGATIVES} negatives", "sasrec", {**LONG_FIT, **SAMPLED, "dropout": 0.5, "patience": 10}),
     Trial("sasrec, one negative", "sasrec", {**SLOW_FIT, "loss": "binary", "sampler": "uniform", "dropout": 0.2}),
     Trial("gru4rec", "gru4rec", {**LONG_FIT, **SAMPLED, "dropout": 0.5}),
     Trial("gru4rec, bpr_max", "gru4rec", {**LONG_FIT, "loss": "bpr_max", "sample": 2048, "dropout": 0.5}),
     Trial("narm", "narm", {**LONG_FIT, **SAMPLED}),
-    Trial("bert4rec", "bert4rec", {**SLOW_FIT, **SAMPLED, "sample": 16000, "dropout": 0.2}),
+    Trial("bert4rec", "bert4rec", {**FALLING_FIT, "epochs": 25, **MANY, "dropout": 0.2, "cuts": 1, "last": 0.0}),
     Trial("attrec", "attrec", {**LONG_FIT, "patience": 15}),
     Trial("shan", "shan", LONG_FIT),
     Trial("transrec", "transrec", LONG_FIT),

@@ -27,6 +27,8 @@ class Config(RecallConfig):
         heads: of each of them.
         masked: the share of a sequence's items that training hides.
         last: the share of sequences of which it hides the last item alone, as serving does.
+        cuts: so many more are made of each sequence at every step, each cut behind an item of its own draw, which alone
+            is hidden: so serving asks after a history of any length. 0: none, as in the paper.
     """
 
     dim: int = 64
@@ -34,6 +36,7 @@ class Config(RecallConfig):
     heads: int = 2
     masked: float = 0.4
     last: float = 0.1
+    cuts: int = 0
     dropout: float = 0.2
     sample: int = 8192
     batch_size: int = 128
@@ -49,18 +52,19 @@ def build(config: Config, schema: Schema, catalogue: Catalogue) -> Towers:
     that of `Bidirectional`, `[batch, dim + 1]`. An item is `[eᵢ, bᵢ]`.
 
     Raises:
-        ValueError: a share that is not in [0, 1], or none that is hidden.
+        ValueError: a share that is not in [0, 1], none that is hidden, or fewer cuts than none.
     """
     if not (0.0 < config.masked <= 1.0 and 0.0 <= config.last <= 1.0):
         raise ValueError(f"masked and last are shares, masked above 0, not {config.masked} and {config.last}")
+    if config.cuts < 0:
+        raise ValueError(f"cuts are 0 or more, not {config.cuts}")
     (history,) = schema.named("history_items")
     inputs = inputs_of((history,))
     items = Embedding(schema.size("item_id"), config.dim + 1, _vectors_and_bias, name="items")
     encoder = Bidirectional(items, history.length + 1, config, name="encoder")
     query = Masked(encoder, name="masked")(inputs["history_items"])
-    return Towers(
-        keras.Model(inputs, query, name="query"), items, pairs=Cloze(ByLength(encoder), config.masked, config.last)
-    )
+    pairs = Cloze(ByLength(encoder), config.masked, config.last, config.cuts)
+    return Towers(keras.Model(inputs, query, name="query"), items, pairs=pairs)
 
 
 class Bidirectional(keras.layers.Layer):
@@ -124,14 +128,14 @@ class Cloze(keras.layers.Layer):
     """The states of hidden items and which they are: as `AfterEach`, of the history and the positive as one sequence.
 
     Each item is hidden with a probability of its own draw; where a sequence would have none, and in a share of the
-    sequences, the last alone is (section 3.6).
+    sequences, the last alone is (section 3.6). Behind the sequences stand their cuts, which keep two items at least.
     """
 
-    def __init__(self, encoder: keras.layers.Layer, masked: float, last: float, **kwargs: Any) -> None:
+    def __init__(self, encoder: keras.layers.Layer, masked: float, last: float, cuts: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_jit = backends.FIXED_SHAPES
         self.encoder = encoder
-        self.masked, self.last = masked, last
+        self.masked, self.last, self.cuts = masked, last, cuts
         self._seeds = keras.random.SeedGenerator()
 
     def build(self, inputs_shape: Any, positives_shape: Any) -> None:
@@ -145,7 +149,17 @@ class Cloze(keras.layers.Layer):
         alone = keras.random.uniform(ops.shape(lengths), seed=self._seeds) < self.last
         alone = ops.logical_or(alone, ops.logical_not(ops.any(drawn, axis=1)))
         hidden = ops.where(alone[:, None], _at(lengths - 1, items), drawn)
+        if self.cuts:
+            cut, ends = self._cut(*(ops.repeat(whole, self.cuts, axis=0) for whole in (items, lengths)))
+            items = ops.concatenate([items, cut], axis=0)
+            hidden = ops.concatenate([hidden, ops.logical_and(_at(ends, cut), cut >= FIRST)], axis=0)
         return backends.those(hidden, self.encoder(items, hidden, training=training), items)
+
+    def _cut(self, items: Any, lengths: Any) -> tuple[Any, Any]:
+        """Sequences that end at a place of theirs, and that place: `[rows, length]`, `[rows]`."""
+        drawn = keras.random.uniform(ops.shape(lengths), seed=self._seeds)
+        ends = lengths - 1 - ops.cast(drawn * ops.cast(lengths - 1, "float32"), "int32")
+        return ops.where(ops.arange(ops.shape(items)[1], dtype="int32") <= ends[:, None], items, PADDING), ends
 
 
 def with_next(items: Any, last: Any) -> tuple[Any, Any]:

@@ -69,6 +69,28 @@ def test_what_is_hidden_is_what_is_asked_for(masked, last):
     assert told.hidden[:, 0].mean() == pytest.approx((1 - last) * masked, abs=0.04)
 
 
+def test_a_cut_ends_at_any_item_but_the_first_and_asks_for_it_alone():
+    keras.utils.set_random_seed(5)
+    told = Told()
+    histories = np.tile(history(2, 3, 1, 4, 6)["history_items"], (2000, 1))
+    histories[::2] = 0
+    cloze = Cloze(told, 0.4, 0.1, cuts=2)
+    queries, asked, _ = cloze({"history_items": histories}, np.full(2000, 5, np.int32), training=True)
+    items, hidden = np.asarray(told.items), np.asarray(told.hidden)
+    assert items.shape == (6000, 6)
+    np.testing.assert_array_equal(asked, items[hidden])
+    assert len(queries) == len(asked)
+    of_one, of_six = (np.repeat(np.arange(2000) % 2 == odd, 2) for odd in (0, 1))
+    np.testing.assert_array_equal(items[2000:][of_one], np.tile([5, 0, 0, 0, 0, 0], (2000, 1)))
+    np.testing.assert_array_equal(hidden[2000:][of_one], np.tile([True] + 5 * [False], (2000, 1)))
+    cut, hidden = items[2000:][of_six], hidden[2000:][of_six]
+    ends = (cut != 0).sum(axis=1) - 1
+    np.testing.assert_array_equal(cut, np.where(np.arange(6) <= ends[:, None], [2, 3, 1, 4, 6, 5], 0))
+    np.testing.assert_allclose(np.bincount(ends, minlength=6) / 2000, [0, 0.2, 0.2, 0.2, 0.2, 0.2], atol=0.04)
+    wanted = (np.arange(6) == ends[:, None]) & (cut != 1)  # what the unknown is cannot be told
+    np.testing.assert_array_equal(hidden, wanted)
+
+
 def test_a_sequence_is_the_history_and_the_positive():
     items, lengths = with_next(np.array([[2, 3, 0], [0, 0, 0]], np.int32), np.array([7, 8]))
     np.testing.assert_array_equal(items, [[2, 3, 7], [8, 0, 0]])
@@ -82,6 +104,8 @@ def test_a_full_history_has_a_place_for_the_mask(towers):
 def test_shares_out_of_range_are_named():
     with pytest.raises(ValueError, match=r"masked above 0, not 0\.0"):
         build(Config(masked=0.0), SCHEMA, CATALOGUE)
+    with pytest.raises(ValueError, match="cuts are 0 or more, not -1"):
+        build(Config(cuts=-1), SCHEMA, CATALOGUE)
 
 
 def test_an_item_starts_as_a_small_vector_and_no_bias():
