@@ -114,3 +114,11 @@ def test_an_item_starts_as_a_small_vector_and_no_bias():
     assert items.shape == (ITEMS, Config().dim + 1)
     assert 0.01 < items[:, :-1].std() < 0.03
     assert not items[:, -1].any()
+
+
+def test_before_any_training_a_mask_leans_to_the_item_that_is_there():
+    keras.utils.set_random_seed(6)
+    towers = build(Config(), SCHEMA, CATALOGUE)
+    known = np.arange(2, ITEMS)
+    scores = np.concatenate([towers.query(history(item)) for item in known]) @ np.asarray(towers.item(known)).T
+    np.testing.assert_array_equal(known[scores.argmax(axis=0)], known)  # no other history asks for it as much
